@@ -1,0 +1,40 @@
+"""Ground floor: tensors in, tensors out; every fast kernel beside the truth it must match.
+
+`OPS` lists each operation and where its implementations live. `reference` is plain PyTorch with
+fp32 inside: the specification, which runs everywhere. The other names share its signature.
+Modules are imported when first asked for, so that a machine without Triton or a compiler never
+notices that their kernels exist. Tests and benchmarks walk this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+OPS: dict[str, dict[str, str]] = {
+    "rmsnorm": {
+        "reference": "endside.ops.rmsnorm.reference:rmsnorm",
+        "native": "endside.ops.rmsnorm.native:rmsnorm",
+    },
+    "rope": {"reference": "endside.ops.rope.reference:rotate"},
+    "swiglu": {"reference": "endside.ops.swiglu.reference:swiglu"},
+    "linear": {"reference": "endside.ops.linear.reference:linear"},
+    "attention": {
+        "reference": "endside.ops.attention.reference:attend",
+        "sdpa": "endside.ops.attention.sdpa:attend",
+    },
+    "cross_entropy": {"reference": "endside.ops.cross_entropy.reference:cross_entropy"},
+    "infllm": {
+        "reference": "endside.ops.infllm.reference:attend",
+        "vectorised": "endside.ops.infllm.vectorised:attend",
+        "triton": "endside.ops.infllm.triton:attend",
+    },
+}
+
+
+def implementation(op: str, impl: str) -> Callable:
+    """The function behind `OPS[op][impl]`; KeyError names what there is."""
+    if impl not in OPS[op]:
+        raise KeyError(f"{op} has no implementation {impl!r}: there are {sorted(OPS[op])}")
+    module, name = OPS[op][impl].split(":")
+    return getattr(import_module(module), name)
