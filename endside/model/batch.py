@@ -1,0 +1,21 @@
+"""What one forward pass is told: tokens, where they stand, and whose they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of new tokens. With a cache, row i continues cache sequence `seqs[i]`.
+
+    tokens (B, T) int64; positions (B, T) int64 or None: counted on from the stored length, or from
+    zero without a cache; documents (B, T) int64 or None: packed texts that must not see each other.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor | None = None
+    seqs: tuple[int, ...] | None = None
+    documents: torch.Tensor | None = None

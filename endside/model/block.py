@@ -1,0 +1,64 @@
+"""One decoder layer: norm, attention, norm, gated feed-forward; each increment times the muP scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from endside.model.attention import Attention
+from endside.model.batch import Batch
+from endside.model.cache import Cache
+from endside.model.config import ModelConfig
+from endside.model.linear import Linear, MakeLinear
+from endside.ops.rmsnorm import rmsnorm
+from endside.ops.swiglu.reference import swiglu
+
+
+class Norm(nn.Module):
+    """RMSNorm with a weight (C,)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., C) -> (..., C)."""
+        return rmsnorm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig, make_linear: MakeLinear = Linear) -> None:
+        super().__init__()
+        self.gate_proj = make_linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = make_linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = make_linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., C) -> (..., C)."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward around one residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, make_linear: MakeLinear = Linear) -> None:
+        super().__init__()
+        self.scale = config.residual_scale
+        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, make_linear)
+        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, make_linear)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        batch: Batch,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, batch, cache) * self.scale
+        return x + self.mlp(self.post_attention_layernorm(x)) * self.scale

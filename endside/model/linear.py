@@ -1,0 +1,28 @@
+"""The slot every projection goes through, so that low-bit and low-rank layers can take its place.
+
+A filling of the slot is an `nn.Module` made by `(inputs, outputs)` and called on (..., in); the
+transformer never looks inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from endside.ops.linear.reference import linear
+
+MakeLinear = Callable[[int, int], nn.Module]  # (inputs, outputs) -> a projection without bias
+
+
+class Linear(nn.Module):
+    """y = x W^T with a plain weight (out, in)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out)."""
+        return linear(x, self.weight)
