@@ -1,0 +1,118 @@
+"""What a long job tells: one JSON object per line in metrics.jsonl, and one live line for a person.
+
+The file is the record: a line is flushed as it is written, so a killed process loses at most the
+line in the making, and a resumed run cuts off what its checkpoint does not know (`keep_until`). The
+live line goes to stderr, so that stdout stays clean for pipes: rewritten in place on a terminal,
+and printed every few seconds elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from endside.errors import UserError
+
+QUIET_SECONDS = 5.0  # between two progress lines where there is no terminal
+
+
+class Metrics:
+    """Appends records to a metrics.jsonl; every record carries its step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
+
+    def append(self, step: int, values: dict[str, Any]) -> None:
+        """Write one record; it survives the death of this process."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Return once everything written is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Finish; append is not allowed afterwards."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, without a last line that was cut off in the middle."""
+    if not path.is_file():
+        raise UserError(f"no metrics in {path}: give a folder that a training run has written")
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop every record after `step`, atomically; what is kept stays byte for byte."""
+    if not path.exists():
+        return
+    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+    rewritten = path.with_name(path.name + ".new")
+    with open(rewritten, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(rewritten, path)
+
+
+def _whole_lines(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        yield from (line for line in file if line.endswith("\n"))
+
+
+class Progress:
+    """One live line on a terminal; plain lines, a few seconds apart, anywhere else."""
+
+    def __init__(
+        self, stream: TextIO | None = None, *, quiet_seconds: float = QUIET_SECONDS
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._live = self._stream.isatty()
+        self._quiet_seconds = quiet_seconds
+        self._last = float("-inf")
+        self._shown = False
+
+    def update(self, text: str) -> None:
+        """Replace the live line; without a terminal, print it if the last one is old enough."""
+        now = time.monotonic()
+        if self._live:
+            # Return to the first column, write, and erase what a longer line left behind.
+            self._stream.write(f"\r{text}\x1b[K")
+            self._shown = True
+        elif now - self._last >= self._quiet_seconds:
+            self._stream.write(text + "\n")
+            self._last = now
+        self._stream.flush()
+
+    def note(self, text: str) -> None:
+        """Print a line that stays, above the live one."""
+        self._stream.write(f"\r{text}\x1b[K\n" if self._live else text + "\n")
+        self._stream.flush()
+        self._shown = False
+
+    def close(self, text: str = "") -> None:
+        """End the live line, leaving `text` (or what was last shown)."""
+        if text:
+            self.note(text)
+        elif self._shown:
+            self._stream.write("\n")
+            self._stream.flush()
+        self._shown = False
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 59s, 3m05s or 2h07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

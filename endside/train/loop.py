@@ -1,0 +1,275 @@
+"""The only training loop: batches in, checkpoints and metrics out.
+
+    for step in start + 1 .. steps:
+        gradient of sum(losses) over `accumulate` batches, divided by the number of targets
+        stop if loss or norm is not finite; clip; AdamW with the schedule's share
+        write the record; evaluate; write a checkpoint
+
+Pre-training, fine-tuning and quantization-aware training differ in the three arguments `batches`,
+`loss_fn` and `evaluate`. Everything that influences a later step (parameters, moments, reader
+position, random states) is in the checkpoint and nothing else is, so a run that was killed ends as
+one that was not: bit for bit on a CPU with the same number of threads. Loss and norm are read back
+every step, because the check for NaN must come before the step spoils the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from endside.data.loader import TokenBatch
+from endside.errors import UserError
+from endside.log import duration
+from endside.train.losses import LossFn
+from endside.train.optim import (
+    OptimConfig,
+    load_state_tensors,
+    make_optimizer,
+    set_share,
+    state_tensors,
+)
+from endside.train.run_folder import RunFolder, Saved
+from endside.train.schedule import ScheduleConfig, phase, share
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+class Batches(Protocol):
+    """An endless source of batches whose position can be saved."""
+
+    def __next__(self) -> TokenBatch: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+    def fits(self, state: dict[str, Any]) -> bool: ...
+
+
+class LoopConfig(Protocol):
+    """What the loop reads of a stage's configuration."""
+
+    steps: int  # optimiser steps of the whole run
+    accumulate: int  # batches per step
+    eval_every: int  # steps; 0: only at the end
+    checkpoint_every: int  # steps; 0: by time only
+    checkpoint_seconds: float  # 0: by steps only
+    precision: Literal["float32", "bfloat16"]  # of the products; weights and moments stay float32
+    schedule: ScheduleConfig
+    optim: OptimConfig
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one optimiser step gave."""
+
+    loss: float
+    gradient_norm: float
+    targets: int
+    parts: dict[str, float]
+
+
+def loop(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFn,
+    cfg: LoopConfig,
+    run: RunFolder,
+    *,
+    evaluate: Evaluate | None = None,
+) -> None:
+    """Train `model` up to `cfg.steps`, from the run's newest checkpoint where it has one.
+
+    evaluate(model) -> numbers to log, every `cfg.eval_every` steps and after the last one. Raises
+    UserError when the loss stops being a number; the last checkpoint is then still good.
+    """
+    optimizer = make_optimizer(model, cfg.optim)
+    start, tokens = _resume(model, optimizer, batches, run)
+    run.begin(start)
+    clock = _Clock(cfg, run, start)
+    model.train()
+    for step in range(start + 1, cfg.steps + 1):
+        rate = share(step, cfg.steps, cfg.schedule)
+        set_share(optimizer, rate)
+        done = _optimise(model, optimizer, batches, loss_fn, cfg)
+        _check_finite(done, step, run)
+        optimizer.step()
+        tokens += done.targets
+        record = {
+            "loss": done.loss, "learning_rate": cfg.optim.learning_rate * rate,
+            "gradient_norm": done.gradient_norm, "tokens": tokens, **done.parts,
+        }  # fmt: skip
+        clock.tick(step, record, done.targets)
+        last = step == cfg.steps
+        if evaluate and (last or (cfg.eval_every and step % cfg.eval_every == 0)):
+            clock.evaluated(step, evaluate(model))
+        if last or clock.checkpoint_due(step):
+            _save(model, optimizer, batches, run, step=step, cfg=cfg, tokens=tokens)
+            clock.saved()
+    clock.close()
+
+
+def _resume(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, run: RunFolder
+) -> tuple[int, int]:
+    """Put the newest checkpoint into everything; its step and tokens, or zeros without one."""
+    saved = run.latest()
+    if saved is None:
+        return 0, 0
+    load_model(model, saved)
+    load_state_tensors(optimizer, saved.tensors("optimizer"))
+    state = saved.state
+    if saved.foreign and not batches.fits(state["data"]):
+        run.progress.note(
+            f"{saved.folder} read other data: this branch starts its own from the beginning"
+        )
+    else:
+        batches.restore(state["data"])
+    _restore_random(saved)
+    verb = "branching from" if saved.foreign else "resuming from"
+    run.progress.note(f"{verb} {saved.folder}")
+    return saved.step, state["tokens"]
+
+
+def load_model(model: nn.Module, saved: Saved) -> None:
+    """Copy a checkpoint's parameters into `model`; UserError names the first that differs."""
+    tensors, own = saved.tensors("model"), model.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        shapes = [tuple(side[name].shape) if name in side else "absent" for side in (tensors, own)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{saved.folder} is of another model: {name} is {shapes[0]} there and {shapes[1]} "
+                "here; use the model configuration it was trained with"
+            )
+    model.load_state_dict(tensors)
+
+
+def _optimise(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    loss_fn: LossFn,
+    cfg: LoopConfig,
+) -> _Step:
+    """Leave the clipped mean gradient of `cfg.accumulate` batches in the parameters."""
+    device = next(model.parameters()).device
+    optimizer.zero_grad(set_to_none=True)
+    losses = []
+    for _ in range(cfg.accumulate):
+        with _products(cfg, device):
+            loss = loss_fn(model, next(batches).to(device))
+        loss.total.backward()
+        losses.append(loss)
+    targets = torch.stack([loss.targets for loss in losses]).sum().clamp(min=1)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) / targets
+    clip = (cfg.optim.clip / norm).clamp(max=1.0) if cfg.optim.clip else torch.ones_like(norm)
+    torch._foreach_mul_(gradients, clip / targets)
+    weights = [loss.targets / targets for loss in losses]
+    mean = sum(w * loss.loss for w, loss in zip(weights, losses, strict=True))
+    parts = {
+        name: sum(w * loss.parts[name] for w, loss in zip(weights, losses, strict=True)).item()
+        for name in losses[0].parts
+    }
+    return _Step(mean.item(), norm.item(), int(targets), parts)
+
+
+def _products(cfg: LoopConfig, device: torch.device) -> Any:
+    if cfg.precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def _check_finite(done: _Step, step: int, run: RunFolder) -> None:
+    values = {"loss": done.loss, **done.parts, "gradient norm": done.gradient_norm}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} is {value} at step {step} of {run.path}: training stopped before it could "
+                "spoil the weights; lower optim.learning_rate, lengthen schedule.warmup or look at "
+                "the data, and start a new run"
+            )
+
+
+def _save(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    run: RunFolder,
+    *,
+    step: int,
+    cfg: LoopConfig,
+    tokens: int,
+) -> None:
+    version, words, gauss = random.getstate()
+    parts = {
+        "model": model.state_dict(),
+        "optimizer": state_tensors(optimizer),
+        "rng": {"torch": torch.get_rng_state(), "python": torch.tensor(words), **_cuda_random()},
+    }
+    state = {
+        "tokens": tokens, "data": batches.state(), "phase": phase(step, cfg.steps, cfg.schedule),
+        "python_random": [version, gauss],
+    }  # fmt: skip
+    run.save(step, parts, state)
+
+
+def _cuda_random() -> dict[str, torch.Tensor]:
+    return {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
+
+
+def _restore_random(saved: Saved) -> None:
+    states = saved.tensors("rng")
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    version, gauss = saved.state["python_random"]
+    random.setstate((version, tuple(states["python"].tolist()), gauss))
+
+
+class _Clock:
+    """Records, the live line, and when the next checkpoint is due."""
+
+    def __init__(self, cfg: LoopConfig, run: RunFolder, start: int) -> None:
+        self._cfg, self._run, self._start = cfg, run, start
+        self._begun = self._saved_at = self._ticked = time.monotonic()
+        self._heldout = ""
+
+    def tick(self, step: int, record: dict[str, float], targets: int) -> None:
+        """Record a step that has just ended."""
+        now = time.monotonic()
+        seconds, self._ticked = now - self._ticked, now
+        speed = targets / max(seconds, 1e-9)
+        self._run.metrics.append(step, {**record, "tokens_per_s": round(speed, 1)})
+        left = (now - self._begun) / (step - self._start) * (self._cfg.steps - step)
+        self._run.progress.update(
+            f"step {step}/{self._cfg.steps}  loss {record['loss']:.4f}{self._heldout}  "
+            f"lr {record['learning_rate']:.2e}  norm {record['gradient_norm']:.2f}  "
+            f"{speed:,.0f} tok/s  {duration(left)} left"
+        )
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Record an evaluation, which does not count as training time."""
+        self._run.metrics.append(step, values)
+        if "heldout_loss" in values:
+            self._heldout = f" (held out {values['heldout_loss']:.4f})"
+        self._ticked = time.monotonic()
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether a checkpoint is due by steps or by seconds."""
+        every, seconds = self._cfg.checkpoint_every, self._cfg.checkpoint_seconds
+        by_time = seconds and time.monotonic() - self._saved_at >= seconds
+        return bool(by_time or (every and step % every == 0))
+
+    def saved(self) -> None:
+        """A checkpoint was written just now."""
+        self._saved_at = self._ticked = time.monotonic()
+
+    def close(self) -> None:
+        """End the live line."""
+        self._run.progress.close()

@@ -1,0 +1,293 @@
+"""Pre-training: token shards and a model shape in, a trained model out.
+
+    endside pretrain runs/tiny.toml steps=400 optim.learning_rate=0.02
+    endside pretrain runs/tiny.toml run=runs/annealed decay_from=runs/tiny/checkpoints/step_300
+
+A configuration is one screen of TOML. `[model]` takes the fields of ModelConfig, or `preset` and
+the fields that differ from it. The first start fixes the resolved configuration in the run folder;
+the same command again resumes. `attention = "sparse"` is the whole switch to InfLLM v2
+(`[model.sparse]` holds its sizes, and there are no new weights). `decay_from` anneals a stable
+checkpoint of another run over `schedule.decay` steps, and leaves that run alone.
+
+Same seed, data and threads: same losses, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from endside import config as configuration
+from endside import dist
+from endside.data import corpus
+from endside.data.loader import Loader, LoaderConfig, Windows
+from endside.data.pack import (
+    PackConfig,
+    Packed,
+    byte_encoder,
+    open_packed,
+    pack,
+    tokenizer_encoder,
+)
+from endside.errors import UserError
+from endside.log import Progress
+from endside.model.config import ModelConfig
+from endside.model.presets import preset
+from endside.model.transformer import Transformer
+from endside.tokenizer import Tokenizer
+from endside.train import schedule as wsd
+from endside.train.loop import Evaluate, loop
+from endside.train.losses import LossConfig, next_token
+from endside.train.optim import OptimConfig
+from endside.train.run_folder import RunFolder, read_checkpoint
+from endside.train.schedule import ScheduleConfig
+
+Export = Callable[[Transformer, Path], None]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tokens. With `corpus`, missing shards are packed first."""
+
+    shards: str  # folder of `pack`
+    corpus: str = ""  # "python" (its library) or a folder of text; empty: the shards must exist
+    tokenizer: str = ""  # folder of the tokenizer; empty: bytes where `corpus` is packed, else any
+    pack: PackConfig = field(default_factory=PackConfig)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pre-training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    steps: int  # optimiser steps of the whole run
+    run: str = ""  # run folder; empty: the configuration's path without its suffix
+    batch: int = 8  # rows
+    accumulate: int = 1  # batches per step
+    seq_len: int = 256  # tokens a row predicts
+    seed: int = 0  # of the weights and of the reading order
+    attention: Literal["dense", "sparse"] = "dense"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int | None = None  # of the CPU; None: what PyTorch takes, then fixed for the run
+    eval_every: int = 0  # steps; 0: only at the end
+    eval_rows: int = 64  # windows of the held-out split that are looked at
+    checkpoint_every: int = 0  # steps; 0: by time only
+    checkpoint_seconds: float = 60.0  # 0: by steps only
+    decay_from: str = ""  # checkpoint of a stable run to anneal
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "seq_len", "eval_rows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if min(self.eval_every, self.checkpoint_every, self.checkpoint_seconds) < 0:
+            raise UserError(
+                "eval_every, checkpoint_every and checkpoint_seconds must be at least 0"
+            )
+        if self.seq_len > self.model.max_position_embeddings:
+            raise UserError(
+                f"seq_len {self.seq_len} is longer than model.max_position_embeddings "
+                f"{self.model.max_position_embeddings}: shorten one or raise the other"
+            )
+        if self.attention == "sparse" and self.model.sparse is None:
+            raise UserError(
+                'attention is "sparse" but the model has no [model.sparse]: add its sizes'
+            )
+        if not self.decay_from:
+            wsd.check(self.steps, self.schedule)
+        elif not self.schedule.decay:
+            raise UserError(
+                "decay_from needs schedule.decay: give the number of steps to anneal over"
+            )
+
+
+def from_file(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    decay_from: Path | None = None,
+    export: Export | None = None,
+) -> Path:
+    """Run, or resume, the pre-training that a TOML file describes; returns its run folder."""
+    extra = [f"decay_from={decay_from}"] if decay_from else []
+    cfg = read_config(path, [*overrides, *extra])
+    folder = Path(cfg.run) if cfg.run else Path(path).with_suffix("")
+    with RunFolder(folder) as run:
+        main(cfg, run, export=export)
+    return folder
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """A configuration from TOML and overrides, with `model.preset` filled in."""
+    data = configuration.override(configuration.read(path), overrides)
+    model = data.get("model")
+    if isinstance(model, dict) and "preset" in model:
+        shape = dataclasses.asdict(preset(model.pop("preset")))
+        data["model"] = _merge(shape, model)
+    return configuration.build(PretrainConfig, data, source=str(path))
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        key: _merge(base[key], value)
+        for key, value in over.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return {**base, **over, **nested}
+
+
+def main(cfg: PretrainConfig, run: RunFolder, *, export: Export | None = None) -> Transformer:
+    """Train from the run's newest checkpoint to `cfg.steps`; returns the model.
+
+    export(model, folder) writes the result, to `<run>/model`, in whatever layout the caller wants.
+    """
+    cfg = resolve(cfg, run)
+    packed = open_data(cfg, run.progress)
+    run.fix(cfg, free=("run",))
+    with deterministic(cfg):
+        model = make_model(cfg)
+        batches = Loader(packed, _loader(cfg))
+        loop(model, batches, next_token(cfg.loss), cfg, run, evaluate=heldout(packed, cfg))
+    model.eval()
+    if export is not None:
+        export(model, run.path / "model")
+    return model
+
+
+def resolve(cfg: PretrainConfig, run: RunFolder) -> PretrainConfig:
+    """`cfg` with what only the start of a run decides: threads, and the steps of a branch."""
+    if dist.world().size > 1:
+        raise UserError("pretrain uses one process in this version: start it without torchrun")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError('device is "cuda" but PyTorch finds no CUDA device: use device = "cpu"')
+    before = run.stored(PretrainConfig)
+    if cfg.threads is None:
+        threads = before.threads if before else torch.get_num_threads()
+        cfg = dataclasses.replace(cfg, threads=threads)
+    return _branch(cfg, run, before) if cfg.decay_from else cfg
+
+
+def _branch(cfg: PretrainConfig, run: RunFolder, before: PretrainConfig | None) -> PretrainConfig:
+    if before is not None and any((run.path / "checkpoints").glob("step_*")):
+        return dataclasses.replace(cfg, steps=before.steps)
+    origin = read_checkpoint(Path(cfg.decay_from))
+    if origin.state["phase"] != "stable":
+        raise UserError(
+            f"{cfg.decay_from} was written in the {origin.state['phase']} phase: choose a "
+            "checkpoint of the stable one"
+        )
+    run.branch(origin)
+    return dataclasses.replace(cfg, steps=origin.step + cfg.schedule.decay)
+
+
+def open_data(cfg: PretrainConfig, progress: Progress | None = None) -> Packed:
+    """The token shards, packed first where `data.corpus` says from what."""
+    folder = Path(cfg.data.shards)
+    encoder = None
+    if cfg.data.tokenizer:
+        encoder = tokenizer_encoder(Tokenizer.load(cfg.data.tokenizer))
+    if cfg.data.corpus and not folder.exists():
+        if progress is not None:
+            progress.note(f"packing {cfg.data.corpus} into {folder}")
+        python = cfg.data.corpus == "python"
+        documents = corpus.standard_library() if python else corpus.read(cfg.data.corpus)
+        pack(documents, folder, encoder or byte_encoder(), cfg.data.pack)
+    packed = open_packed(folder)
+    if encoder is not None and packed.index.tokenizer != encoder.fingerprint:
+        raise UserError(
+            f"the shards in {folder} were packed with another tokenizer than {cfg.data.tokenizer}: "
+            "give that one, or another folder for the shards"
+        )
+    if packed.index.vocab_size > cfg.model.vocab_size:
+        raise UserError(
+            f"the shards in {folder} use a vocabulary of {packed.index.vocab_size}, the model has "
+            f"{cfg.model.vocab_size}: raise model.vocab_size or pack with the model's tokenizer"
+        )
+    return packed
+
+
+def make_model(cfg: PretrainConfig) -> Transformer:
+    """The model with fresh muP weights drawn from `cfg.seed`."""
+    shape = cfg.model if cfg.attention == "sparse" else dataclasses.replace(cfg.model, sparse=None)
+    model = Transformer(shape)
+    model.init_weights(torch.Generator().manual_seed(cfg.seed))
+    return model.to(cfg.device)
+
+
+def _loader(cfg: PretrainConfig) -> LoaderConfig:
+    return LoaderConfig(cfg.batch, cfg.seq_len, cfg.seed)
+
+
+def heldout(packed: Packed, cfg: PretrainConfig) -> Evaluate:
+    """evaluate(model) -> {"heldout_loss"}: nats per token over windows spread over unseen text."""
+    windows = Windows(packed, "heldout", cfg.seq_len)
+    looked_at = min(cfg.eval_rows, len(windows))
+    rows = [number * len(windows) // looked_at for number in range(looked_at)]
+    groups = [rows[start : start + cfg.batch] for start in range(0, len(rows), cfg.batch)]
+    loss_fn = next_token(dataclasses.replace(cfg.loss, mtp_weight=0.0))
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        model.eval()
+        device = next(model.parameters()).device
+        losses = [loss_fn(model, windows.stack(group).to(device)) for group in groups]
+        model.train()
+        total = sum(loss.total.item() for loss in losses)
+        return {"heldout_loss": total / sum(int(loss.targets) for loss in losses)}
+
+    return evaluate
+
+
+@contextmanager
+def deterministic(cfg: PretrainConfig) -> Iterator[None]:
+    """A fixed number of threads, and on the CPU only operations whose result never varies."""
+    threads = torch.get_num_threads()
+    strict = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_num_threads(cfg.threads or threads)
+    torch.manual_seed(cfg.seed)
+    random.seed(cfg.seed)
+    torch.use_deterministic_algorithms(strict or cfg.device == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(strict)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def measure_speed(cfg: PretrainConfig, *, seconds: float = 3.0) -> float:
+    """Tokens per second of training steps on this machine, without a run folder.
+
+    Two steps warm up; at least two are timed. Nothing is kept.
+    """
+    from endside.train.optim import make_optimizer
+
+    packed = open_data(cfg)
+    with deterministic(cfg):
+        model = make_model(cfg)
+        batches, optimizer = Loader(packed, _loader(cfg)), make_optimizer(model, cfg.optim)
+        loss_fn = next_token(cfg.loss)
+        timed, begun = -2, time.monotonic()
+        while timed < 2 or time.monotonic() - begun < seconds:
+            if timed == 0:
+                begun = time.monotonic()
+            optimizer.zero_grad(set_to_none=True)
+            loss_fn(model, next(batches).to(cfg.device)).total.backward()
+            optimizer.step()
+            timed += 1
+        return timed * cfg.batch * cfg.seq_len / (time.monotonic() - begun)
