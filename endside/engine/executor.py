@@ -1,0 +1,68 @@
+"""One interface over every backend: token ids in, logits out, a static pool of cache pages between.
+
+Speculation, constraints and sampling are written once above this protocol (the core idea of
+ArkInfer); a backend only runs the model. Arrays at this border are numpy, so that an executor
+without PyTorch never loads it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Full(Exception):
+    """The page pool cannot hold that many tokens now; it may once a sequence is closed."""
+
+
+class Executor(Protocol):
+    """A loaded model with its page pool. A sequence is a small integer handed out by `open`."""
+
+    name: str  # "torch", "native", …
+    vocab_size: int
+    context: int  # longest sequence, in tokens
+    capacity: int  # tokens in the whole page pool, page-rounded
+
+    def open(self, tokens: int) -> int:
+        """Reserve pages for a sequence of at most `tokens`. Raises Full when they are taken."""
+        ...
+
+    def length(self, seq: int) -> int:
+        """Tokens stored for `seq`."""
+        ...
+
+    def prefill(self, seq: int, tokens: np.ndarray, *, logits: str = "last") -> np.ndarray | None:
+        """Append `tokens` (T,) int64. "last" -> (V,), "all" -> (T, V), "none" -> None; float32."""
+        ...
+
+    def decode(self, seqs: list[int], tokens: np.ndarray) -> np.ndarray:
+        """Append tokens (B,), one to each of `seqs` -> logits (B, V) float32, row by row alone."""
+        ...
+
+    def verify(self, seq: int, tokens: np.ndarray, parents: np.ndarray) -> np.ndarray:
+        """Append a draft tree provisionally; `parents` (T,) index it, -1: the last stored token.
+
+        Returns logits (T, V); follow with `accept` (the path kept) or `trim`.
+        """
+        ...
+
+    def accept(self, seq: int, rows: list[int]) -> None:
+        """Keep these rows of the last verified tree, root to leaf, and drop the others."""
+        ...
+
+    def trim(self, seq: int, length: int) -> None:
+        """Forget every token of `seq` from position `length` on."""
+        ...
+
+    def fork(self, seq: int, tokens: int) -> int:
+        """A new sequence that shares `seq`'s stored tokens, with room for `tokens` in all."""
+        ...
+
+    def close(self, seq: int) -> None:
+        """Give the pages of `seq` back."""
+        ...
+
+    def attention(self, length: int) -> tuple[str, int]:
+        """How the last of `length` tokens attends: "dense" or "sparse", and the keys it sees."""
+        ...

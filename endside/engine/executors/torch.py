@@ -1,0 +1,188 @@
+"""The PyTorch executor: `Transformer.forward` over its paged cache, on any device PyTorch knows.
+
+Batch invariance. A row's logits must not depend on which other rows run beside it, or the same seed
+would give another text under load. PyTorch's matrix products do not promise that: measured with
+torch 2.13 on an AVX2 CPU, float32, every one of 64 rows of x W^T changes bits when it is computed
+with even one other row instead of alone (widths 64, 256 and 1024), because one row is a
+matrix-vector product and two are not. On a CPU every sequence therefore runs as its own forward,
+B = 1; the price is small there, since weights are read again for each row but compute is the limit
+only with many. On other devices a decode step is one batched forward: faster, and equal only up to
+rounding.
+
+`verify` runs a chain (each token's parent is the one before it) as one forward of T rows; its
+logits equal those of T single steps up to rounding. Branching trees need a tree mask in attention
+and positions by depth: refused until speculation brings both.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from endside.engine.executor import Full
+from endside.engine.executors import Plan, default_context, free_memory
+from endside.errors import UserError
+from endside.model.batch import Batch
+from endside.model.cache import Cache, CacheFull
+from endside.model.flops import cache_bytes_per_token, parameters, visible_keys
+
+if TYPE_CHECKING:
+    from endside.checkpoint import Checkpoint
+    from endside.model.config import ModelConfig
+    from endside.model.transformer import Transformer
+
+log = logging.getLogger(__name__)
+
+
+def load(checkpoint: Checkpoint, plan: Plan) -> TorchExecutor:
+    """The model of an opened folder on the device, in the number format and length of `plan`."""
+    from endside.formats.hf import load_checkpoint, read_config, with_attention
+
+    if plan.threads is not None:
+        torch.set_num_threads(plan.threads)
+    config = with_attention(read_config(checkpoint), plan.attention)
+    device = _device(plan.device)
+    dtype = _dtype(plan.dtype, device, config)
+    context = _context(plan.context, config, dtype, device)
+    if plan.capacity is not None:
+        context = min(context, plan.capacity)
+    model = load_checkpoint(
+        checkpoint, dtype=dtype, device=device, context=context, attention=plan.attention
+    )
+    return TorchExecutor(model, context=context, capacity=plan.capacity, device=device, dtype=dtype)
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but PyTorch finds no CUDA device here: use --device cpu")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(name: str, device: str, config: ModelConfig) -> torch.dtype:
+    """auto: bfloat16 on a GPU; float32 on a CPU, unless the weights would not fit."""
+    if name != "auto":
+        return getattr(torch, name)
+    wide = parameters(config).total * 4
+    if device == "cpu" and wide < 0.8 * free_memory():
+        return torch.float32
+    if device == "cpu":
+        log.warning("bfloat16 is used: float32 weights need %.1f GiB, too much", wide / 2**30)
+    return torch.bfloat16
+
+
+def _context(asked: int | None, config: ModelConfig, dtype: torch.dtype, device: str) -> int:
+    longest = config.max_position_embeddings
+    if asked is None:
+        memory = free_memory() if device == "cpu" else torch.cuda.mem_get_info()[0]
+        return default_context(longest, cache_bytes_per_token(config, dtype.itemsize), memory)
+    if asked > longest and config.rope.kind == "default":
+        raise UserError(
+            f"context {asked:,} is longer than the {longest:,} tokens this model knows: "
+            "lower --context, or add rope_scaling to its config.json"
+        )
+    if asked > longest:
+        log.warning("context %d is beyond max_position_embeddings %d", asked, longest)
+    return asked
+
+
+class TorchExecutor:
+    """Implements `Executor`. The page pool is allocated here, once."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        context: int,
+        capacity: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if context < 1 or (capacity is not None and capacity < 1):
+            raise UserError(f"context is {context} tokens: it must be at least 1")
+        self.model = model.to(device=device, dtype=dtype).eval()
+        self.device = torch.device(device)
+        self.vocab_size = model.config.vocab_size
+        self.context = context
+        self.cache = Cache(model.config, tokens=capacity or context, dtype=dtype, device=device)
+        self.capacity = self.cache.capacity
+
+    def open(self, tokens: int) -> int:
+        """Reserve pages for a sequence of at most `tokens`. Raises Full when they are taken."""
+        try:
+            return self.cache.open(tokens)
+        except CacheFull as error:
+            raise Full(str(error)) from error
+
+    def length(self, seq: int) -> int:
+        """Tokens stored for `seq`."""
+        return self.cache.length(seq)
+
+    @torch.inference_mode()
+    def prefill(self, seq: int, tokens: np.ndarray, *, logits: str = "last") -> np.ndarray | None:
+        """Append tokens (T,) -> "last" (V,), "all" (T, V), "none" None; float32."""
+        hidden = self._forward([seq], tokens[None])
+        if logits == "none":
+            return None
+        if logits == "last":
+            return self._logits(hidden[:, -1])[0]
+        assert logits == "all", f'logits is {logits!r}: use "last", "all" or "none"'
+        return self._logits(hidden)[0]
+
+    @torch.inference_mode()
+    def decode(self, seqs: list[int], tokens: np.ndarray) -> np.ndarray:
+        """Append tokens (B,), one to each of `seqs` -> logits (B, V)."""
+        if self.device.type != "cpu":
+            return self._logits(self._forward(seqs, tokens[:, None])[:, -1])
+        rows = [
+            self._logits(self._forward([seq], tokens[row : row + 1, None])[:, -1])
+            for row, seq in enumerate(seqs)
+        ]
+        return np.concatenate(rows)
+
+    def verify(self, seq: int, tokens: np.ndarray, parents: np.ndarray) -> np.ndarray:
+        """Append a chain of draft tokens (T,) provisionally -> logits (T, V)."""
+        if not np.array_equal(parents, np.arange(len(tokens)) - 1):
+            raise UserError(
+                "the torch executor verifies chains only, each token's parent being the one "
+                "before it: ask for a draft of width 1"
+            )
+        logits = self.prefill(seq, tokens, logits="all")
+        assert logits is not None, "logits of every position were asked for"
+        return logits
+
+    def accept(self, seq: int, rows: list[int]) -> None:
+        """Keep these rows of the last verified draft and drop the others."""
+        self.cache.accept(seq, rows)
+
+    def trim(self, seq: int, length: int) -> None:
+        """Forget every token of `seq` from position `length` on."""
+        self.cache.trim(seq, length)
+
+    def fork(self, seq: int, tokens: int) -> int:
+        """A new sequence that shares `seq`'s stored tokens, with room for `tokens` in all."""
+        try:
+            return self.cache.fork(seq, tokens)
+        except CacheFull as error:
+            raise Full(str(error)) from error
+
+    def close(self, seq: int) -> None:
+        """Give the pages of `seq` back."""
+        self.cache.close(seq)
+
+    def attention(self, length: int) -> tuple[str, int]:
+        """How the last of `length` tokens attends: "dense" or "sparse", and the keys it sees."""
+        seen = visible_keys(self.model.config, length)
+        return ("dense" if seen == length else "sparse"), seen
+
+    def _forward(self, seqs: list[int], tokens: np.ndarray) -> torch.Tensor:
+        """tokens (B, T) int64 appended to `seqs` -> hidden (B, T, C)."""
+        ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(self.device)
+        return self.model(Batch(tokens=ids, seqs=tuple(seqs)), self.cache)
+
+    def _logits(self, hidden: torch.Tensor) -> np.ndarray:
+        return self.model.logits(hidden).float().cpu().numpy()
