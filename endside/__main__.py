@@ -1,0 +1,5 @@
+"""`python -m endside` is the `endside` command."""
+
+from endside.cli import main
+
+main()

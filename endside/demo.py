@@ -1,0 +1,249 @@
+"""The tour: a model's whole life on this machine, no network, in a few minutes.
+
+    text -> tokenizer -> token shards -> training -> held-out perplexity -> checkpoint -> text again
+    and one layer of sparse attention over a long context, beside the dense one
+
+Every figure it prints was measured in that run. What a step made lies in the output folder and is
+found again: a tour that was killed goes on where its last checkpoint stands. The number of training
+steps is measured, not fixed (what fits the time budget on this machine), and stored with the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from endside.data import corpus
+from endside.data.atomic import write_atomic
+from endside.data.document import Document
+from endside.data.pack import Encoder, Packed, open_packed, pack
+from endside.errors import UserError
+from endside.formats import hf
+from endside.model.presets import preset
+from endside.model.transformer import Transformer
+from endside.ops.infllm.tour import long_context
+from endside.tokenizer import Tokenizer, train_bpe
+from endside.train import pretrain
+from endside.train.optim import OptimConfig
+from endside.train.plot import loss_curves
+from endside.train.run_folder import RunFolder
+from endside.train.schedule import ScheduleConfig
+
+TOKENIZER_TEXT = 3_000_000  # characters the tokenizer is trained on
+PROMPTS = ("The following ", "Return a new ", "def __init__(self")
+BATCH, SEQ_LEN = 8, 256  # rows and tokens: the largest batch that still takes many steps
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The tour on this machine: real text, tokenizer, small model, text again."""
+
+    corpus: Path | None = None
+    """Folder or file of your own text; default: this Python's documentation and sources."""
+    out: Path = Path("runs/demo")
+    """Where everything it makes goes; run again with the same folder to go on."""
+    minutes: float = 3.5
+    """Time for training; the rest of the tour takes about one more."""
+    steps: int | None = None
+    """Training steps; default: as many as fit the minutes here."""
+    threads: int | None = None
+    """CPU threads; default: PyTorch's choice."""
+
+
+def tour(flags: Demo) -> None:
+    """Walk through all steps, printing one paragraph each. Raises UserError for bad input."""
+    begun = time.monotonic()
+    if flags.minutes <= 0 or (flags.steps is not None and flags.steps < 1):
+        raise UserError(f"--minutes {flags.minutes} and --steps {flags.steps} must be positive")
+    source = _remember(flags)
+    tokenizer = _tokenizer(flags, source)
+    packed = _shards(flags, source, tokenizer)
+    model = _train(flags, tokenizer)
+    _judge(model, packed, flags)
+    _generate(flags.out / "model")
+    _say("long", long_context())
+    _next_steps(flags, time.monotonic() - begun)
+
+
+def _say(step: str, text: str) -> None:
+    print(f"{step:<10} {text}", flush=True)
+
+
+def _remember(flags: Demo) -> str:
+    """Where the text comes from; a folder that was made from other text is refused."""
+    source = str(flags.corpus.resolve()) if flags.corpus else f"python {sys.version.split()[0]}"
+    note = flags.out / "tour.json"
+    try:
+        flags.out.mkdir(parents=True, exist_ok=True)
+        before = json.loads(note.read_text())["source"] if note.exists() else source
+        if before == source:
+            write_atomic(note, json.dumps({"source": source}) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {flags.out}: {error}; give another --out") from error
+    if before != source:
+        raise UserError(f"{flags.out} was made from {before}: remove it, or give another --out")
+    return source
+
+
+def _documents(flags: Demo) -> Iterator[Document]:
+    return corpus.read(flags.corpus) if flags.corpus else corpus.standard_library()
+
+
+def _tokenizer(flags: Demo, source: str) -> Tokenizer:
+    folder = flags.out / "tokenizer"
+    if folder.exists():
+        _say("tokenizer", f"found in {folder}")
+        return Tokenizer.load(folder)
+    begun = time.monotonic()
+    texts = list(_up_to(_documents(flags), TOKENIZER_TEXT))
+    tokenizer = train_bpe(iter(texts), preset("demo").vocab_size)
+    tokenizer.save(folder)
+    sample = "".join(texts)[:200_000]
+    ratio = len(sample.encode()) / len(tokenizer.encode(sample, bos=False))
+    _say(
+        "tokenizer",
+        f"{tokenizer.vocab_size} tokens from {sum(map(len, texts)) / 1e6:.1f} M characters of "
+        f"{source}; {ratio:.2f} bytes per token ({time.monotonic() - begun:.1f} s)",
+    )
+    return tokenizer
+
+
+def _up_to(documents: Iterator[Document], characters: int) -> Iterator[str]:
+    """Every document's text until there is enough."""
+    taken = 0
+    for document in documents:
+        if taken >= characters:
+            return
+        taken += len(document.text)
+        yield document.text
+
+
+def _shards(flags: Demo, source: str, tokenizer: Tokenizer) -> Packed:
+    folder = flags.out / "tokens"
+    begun = time.monotonic()
+    if not folder.exists():
+        encoder = Encoder(
+            lambda text: tokenizer.encode(text, bos=False),
+            vocab_size=tokenizer.vocab_size,
+            eos=tokenizer.eos_ids[0],
+            fingerprint=tokenizer.fingerprint,
+        )
+        pack(_documents(flags), folder, encoder)
+    packed = open_packed(folder)
+    train, held = (sum(map(len, packed.tokens(split))) for split in ("train", "heldout"))
+    _say(
+        "tokens",
+        f"{train:,} to train on, {held:,} held out by document, from {source} "
+        f"({time.monotonic() - begun:.1f} s)",
+    )
+    return packed
+
+
+def _train(flags: Demo, tokenizer: Tokenizer) -> Transformer:
+    run_folder = flags.out / "train"
+    with RunFolder(run_folder) as run:
+        cfg = run.stored(pretrain.PretrainConfig) or _plan(flags, tokenizer)
+        if flags.steps is not None and flags.steps != cfg.steps:
+            raise UserError(
+                f"--steps is {flags.steps} but {run_folder} was started with {cfg.steps}: "
+                "use that number, or give another --out"
+            )
+        begun = time.monotonic()
+        model = pretrain.main(cfg, run, export=lambda *made: _export(*made, flags, tokenizer))
+    spent = time.monotonic() - begun
+    picture = flags.out / "loss.png"
+    loss_curves([run_folder], picture)
+    _say("training", f"{cfg.steps} steps done ({spent:.0f} s this time); the curve: {picture}")
+    return model
+
+
+def _plan(flags: Demo, tokenizer: Tokenizer) -> pretrain.PretrainConfig:
+    """The run's configuration, with as many steps as fit the minutes on this machine."""
+    shape = replace(
+        preset("demo"), bos_token_id=tokenizer.bos_id, eos_token_ids=tuple(tokenizer.eos_ids)
+    )
+    steps = flags.steps or 1000
+    cfg = pretrain.PretrainConfig(
+        model=shape,
+        data=pretrain.DataConfig(shards=str(flags.out / "tokens")),
+        steps=steps, batch=BATCH, seq_len=SEQ_LEN, threads=flags.threads,
+        schedule=_schedule(steps), optim=OptimConfig(learning_rate=0.01), checkpoint_seconds=20.0,
+    )  # fmt: skip
+    speed = pretrain.measure_speed(cfg)
+    if flags.steps is None:
+        steps = max(50, int(flags.minutes * 60 * speed / (BATCH * SEQ_LEN)))
+        cfg = replace(cfg, steps=steps, schedule=_schedule(steps), eval_every=max(1, steps // 8))
+    parameters = sum(p.numel() for p in Transformer(shape).parameters())
+    _say(
+        "model",
+        f"{parameters / 1e6:.2f} M parameters; this machine trains {speed:,.0f} tokens/s, so "
+        f"{steps} steps of {BATCH * SEQ_LEN} tokens",
+    )
+    return cfg
+
+
+def _schedule(steps: int) -> ScheduleConfig:
+    """WSD: a short warm-up, then constant, the last fifth decaying."""
+    return ScheduleConfig(warmup=max(1, steps // 20), decay=max(1, steps // 5), floor=0.05)
+
+
+def _export(model: Transformer, folder: Path, flags: Demo, tokenizer: Tokenizer) -> None:
+    """The trained model beside the run, in Hugging Face layout."""
+    hf.save(
+        model, flags.out / "model", tokenizer_files=flags.out / "tokenizer", overwrite=True
+    )
+
+
+def _judge(model: Transformer, packed: Packed, flags: Demo) -> None:
+    """Held-out perplexity beside the unigram baseline, which knows only how frequent tokens are."""
+    cfg = pretrain.PretrainConfig(
+        model=model.config, data=pretrain.DataConfig(shards=str(flags.out / "tokens")),
+        steps=1, batch=BATCH, seq_len=SEQ_LEN, eval_rows=128, schedule=_schedule(20),
+    )  # fmt: skip
+    loss = pretrain.heldout(packed, cfg)(model)["heldout_loss"]
+    baseline = unigram_loss(packed)
+    per_token = packed.index.text_bytes["heldout"] / sum(map(len, packed.tokens("heldout")))
+    _say(
+        "held out",
+        f"perplexity {math.exp(loss):.1f}, unigram baseline {math.exp(baseline):.1f}; "
+        f"{loss / math.log(2) / per_token:.2f} bits per byte",
+    )
+
+
+def unigram_loss(packed: Packed) -> float:
+    """Nats per held-out token under add-one smoothed frequencies of the training tokens."""
+    counts: Counter[int] = Counter()
+    for shard in packed.tokens("train"):
+        counts.update(shard.tolist())
+    total = sum(counts.values()) + packed.index.vocab_size
+    held = [token for shard in packed.tokens("heldout") for token in shard.tolist()]
+    return -sum(math.log((counts[token] + 1) / total) for token in held) / len(held)
+
+
+def _generate(folder: Path) -> None:
+    """Load what was just written, as any user would, and continue three beginnings."""
+    from endside.api import LLM
+
+    llm = LLM(folder, executor="torch")
+    for prompt in PROMPTS:
+        made = llm.generate(prompt, max_tokens=40, temperature=0.7, top_p=0.9, seed=1)
+        speed = made.timings.decode_tokens_per_s
+        _say("generate", f"{prompt!r} -> {made.text!r} ({speed:.0f} tokens/s)")
+
+
+def _next_steps(flags: Demo, seconds: float) -> None:
+    model = flags.out / "model"
+    _say("done", f"in {seconds / 60:.1f} minutes. Try next:")
+    for command in (
+        f'endside run {model} "The following " --temperature 0.7 --stats',
+        f"endside inspect {model}",
+        f"endside convert {model} {flags.out / 'llama'} --to llama",
+        'endside run openbmb/MiniCPM4-0.5B "What is a phone?"   # a published model, from the hub',
+    ):
+        print(f"           {command}")
