@@ -27,7 +27,9 @@ LIMITS = {"help": 0.5, "first_token_after_torch": 1.5}  # seconds
 def main() -> int:
     """Measure, print, write; 1 where a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a checkpoint folder; default: random demo shape")
+    parser.add_argument(
+        "--model", type=Path, help="a checkpoint folder; default: random demo shape"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "startup.json")
     flags = parser.parse_args()
@@ -35,10 +37,14 @@ def main() -> int:
         model = flags.model or _random_demo(Path(scratch) / "demo")
         seconds = _measure(model, flags.repeats)
     report = {name: _summary(values) for name, values in seconds.items()}
-    extra = [run - torch for run, torch in zip(seconds["first_token"], seconds["torch"], strict=True)]
+    extra = [
+        run - torch for run, torch in zip(seconds["first_token"], seconds["torch"], strict=True)
+    ]
     report["first_token_after_torch"] = _summary(extra)
     report["limits_s"] = LIMITS
-    report["machine"] = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}"
+    report["machine"] = (
+        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}"
+    )
     missed = [name for name, most in LIMITS.items() if report[name]["median_s"] >= most]
     for name, row in report.items():
         if isinstance(row, dict) and "median_s" in row:

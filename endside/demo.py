@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 import time
 from collections import Counter
@@ -27,7 +28,6 @@ from endside.errors import UserError
 from endside.formats import hf
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
-from endside.ops.infllm.tour import long_context
 from endside.tokenizer import Tokenizer, train_bpe
 from endside.train import pretrain
 from endside.train.optim import OptimConfig
@@ -37,6 +37,7 @@ from endside.train.schedule import ScheduleConfig
 
 TOKENIZER_TEXT = 3_000_000  # characters the tokenizer is trained on
 PROMPTS = ("The following ", "Return a new ", "def __init__(self")
+LONG = 65536  # keys of the long-context step
 BATCH, SEQ_LEN = 8, 256  # rows and tokens: the largest batch that still takes many steps
 
 
@@ -64,10 +65,10 @@ def tour(flags: Demo) -> None:
     source = _remember(flags)
     tokenizer = _tokenizer(flags, source)
     packed = _shards(flags, source, tokenizer)
-    model = _train(flags, tokenizer)
-    _judge(model, packed, flags)
+    model, cfg = _train(flags, tokenizer)
+    _judge(model, packed, cfg)
     _generate(flags.out / "model")
-    _say("long", long_context())
+    _long_context()
     _next_steps(flags, time.monotonic() - begun)
 
 
@@ -145,7 +146,7 @@ def _shards(flags: Demo, source: str, tokenizer: Tokenizer) -> Packed:
     return packed
 
 
-def _train(flags: Demo, tokenizer: Tokenizer) -> Transformer:
+def _train(flags: Demo, tokenizer: Tokenizer) -> tuple[Transformer, pretrain.PretrainConfig]:
     run_folder = flags.out / "train"
     with RunFolder(run_folder) as run:
         cfg = run.stored(pretrain.PretrainConfig) or _plan(flags, tokenizer)
@@ -155,12 +156,12 @@ def _train(flags: Demo, tokenizer: Tokenizer) -> Transformer:
                 "use that number, or give another --out"
             )
         begun = time.monotonic()
-        model = pretrain.main(cfg, run, export=lambda *made: _export(*made, flags, tokenizer))
+        model = pretrain.main(cfg, run, export=lambda model, _: _export(model, flags))
     spent = time.monotonic() - begun
     picture = flags.out / "loss.png"
     loss_curves([run_folder], picture)
     _say("training", f"{cfg.steps} steps done ({spent:.0f} s this time); the curve: {picture}")
-    return model
+    return model, cfg
 
 
 def _plan(flags: Demo, tokenizer: Tokenizer) -> pretrain.PretrainConfig:
@@ -193,20 +194,14 @@ def _schedule(steps: int) -> ScheduleConfig:
     return ScheduleConfig(warmup=max(1, steps // 20), decay=max(1, steps // 5), floor=0.05)
 
 
-def _export(model: Transformer, folder: Path, flags: Demo, tokenizer: Tokenizer) -> None:
+def _export(model: Transformer, flags: Demo) -> None:
     """The trained model beside the run, in Hugging Face layout."""
-    hf.save(
-        model, flags.out / "model", tokenizer_files=flags.out / "tokenizer", overwrite=True
-    )
+    hf.save(model, flags.out / "model", tokenizer_files=flags.out / "tokenizer", overwrite=True)
 
 
-def _judge(model: Transformer, packed: Packed, flags: Demo) -> None:
+def _judge(model: Transformer, packed: Packed, cfg: pretrain.PretrainConfig) -> None:
     """Held-out perplexity beside the unigram baseline, which knows only how frequent tokens are."""
-    cfg = pretrain.PretrainConfig(
-        model=model.config, data=pretrain.DataConfig(shards=str(flags.out / "tokens")),
-        steps=1, batch=BATCH, seq_len=SEQ_LEN, eval_rows=128, schedule=_schedule(20),
-    )  # fmt: skip
-    loss = pretrain.heldout(packed, cfg)(model)["heldout_loss"]
+    loss = pretrain.heldout(packed, replace(cfg, eval_rows=128))(model)["heldout_loss"]
     baseline = unigram_loss(packed)
     per_token = packed.index.text_bytes["heldout"] / sum(map(len, packed.tokens("heldout")))
     _say(
@@ -235,6 +230,38 @@ def _generate(folder: Path) -> None:
         made = llm.generate(prompt, max_tokens=40, temperature=0.7, top_p=0.9, seed=1)
         speed = made.timings.decode_tokens_per_s
         _say("generate", f"{prompt!r} -> {made.text!r} ({speed:.0f} tokens/s)")
+
+
+def _long_context() -> None:
+    """One attention layer of the 0.5B shape, one new token behind a long context: sparse, dense."""
+    import torch
+
+    from endside.ops import attention, infllm
+    from endside.ops.infllm.config import SparseConfig
+    from endside.ops.infllm.reference import summarise
+
+    shape, sparse, make = preset("minicpm4-0.5b"), SparseConfig(), torch.Generator().manual_seed(0)
+    heads, groups, width = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    q = torch.randn(1, 1, heads, width, generator=make)
+    k, v = (torch.randn(1, LONG, groups, width, generator=make) for _ in range(2))
+    summaries = summarise(k, sparse)
+    seen = infllm.attend_stats(1, LONG, sparse)
+    assert seen.ratio < 0.5, f"sparsity does not act: {seen.ratio:.2f} of the keys are seen"
+    seconds: dict[str, list[float]] = {"sparse": [], "dense": []}
+    with torch.inference_mode():
+        for _ in range(12):
+            begun = time.perf_counter()
+            infllm.attend(q, k, v, sparse=sparse, summaries=summaries)
+            middle = time.perf_counter()
+            attention.attend(q, k, v)
+            seconds["sparse"].append(middle - begun)
+            seconds["dense"].append(time.perf_counter() - middle)
+    fast, slow = (statistics.median(seconds[name][2:]) * 1e3 for name in ("sparse", "dense"))
+    _say(
+        "long",
+        f"{LONG:,} keys, one layer of the 0.5B shape: sparse attention sees {seen.visible:,.0f} "
+        f"of them ({seen.ratio:.2f}) and takes {fast:.1f} ms a token, dense {slow:.1f} ms",
+    )
 
 
 def _next_steps(flags: Demo, seconds: float) -> None:

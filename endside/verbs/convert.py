@@ -21,6 +21,10 @@ class Convert:
     """Folder to write; must not exist."""
     to: Literal["hf", "llama", "endside"]
     """hf: as published; llama: muP scales folded into the weights; endside: our own."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the written weights; a fold of bfloat16 weights is exact in float32 only."""
+    overwrite: bool = False
+    """Replace a target that we wrote before."""
 
 
 def main(argv: list[str]) -> None:
@@ -28,4 +32,8 @@ def main(argv: list[str]) -> None:
     from endside.formats.convert import convert
 
     flags = parse(Convert, argv, "convert")
-    print(convert(flags.source, flags.target, to=flags.to))
+    print(
+        convert(
+            flags.source, flags.target, to=flags.to, dtype=flags.dtype, overwrite=flags.overwrite
+        )
+    )

@@ -147,14 +147,18 @@ def _table(report: dict[str, Any]) -> str:
         "model": report["model"],
         "shape": shape,
         "muP scales": ", ".join(f"{k} {v:.6g}" for k, v in report["scales"].items()),
-        "positions": "{kind}, theta {theta:g}, up to {maximum:,} tokens".format(**report["positions"]),
+        "positions": "{kind}, theta {theta:g}, up to {maximum:,} tokens".format(
+            **report["positions"]
+        ),
         "parameters": f"{report['parameters']['total'] / 1e6:,.1f} M",
         "memory": f"weights {_gib(memory['weights_bytes'])} + cache {_gib(memory['cache_bytes'])} "
         f"at {memory['context']:,} tokens (bf16): {fits} in {_gib(memory['machine_bytes'])}",
         "per token": f"{per_token['decode_bytes'] / 1e6:,.1f} MB read, "
         f"{per_token['forward_flops'] / 1e9:,.2f} GFLOP at that context",
         "attention": ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in attention.items()),
-        "executor": "{name} on {device} ({why}); native core: {native}".format(**report["executor"]),
+        "executor": "{name} on {device} ({why}); native core: {native}".format(
+            **report["executor"]
+        ),
         "ignored keys": ", ".join(report["ignored_keys"]) or "none",
     }
     return "\n".join(f"{name:<12} {text}" for name, text in rows.items())

@@ -24,7 +24,18 @@ class Pretrain:
 
 def main(argv: list[str]) -> None:
     """Train, and print where the model lies."""
+    from endside.formats import hf
     from endside.train import pretrain
 
     flags = parse(Pretrain, argv, "pretrain")
-    print(pretrain.from_file(flags.config, flags.overrides, decay_from=flags.decay_from))
+    cfg = pretrain.read_config(flags.config, flags.overrides)
+    tokenizer = Path(cfg.data.tokenizer) if cfg.data.tokenizer else None
+    run = pretrain.from_file(
+        flags.config,
+        flags.overrides,
+        decay_from=flags.decay_from,
+        export=lambda model, folder: hf.save(
+            model, folder, tokenizer_files=tokenizer, overwrite=True
+        ),
+    )
+    print(run / "model")

@@ -60,10 +60,7 @@ def _run(op: str, impl: str, dtype: torch.dtype, size: int) -> list[torch.Tensor
 
 
 ROWS = [
-    (op, impl)
-    for op, impls in OPS.items()
-    for impl in impls
-    if op != "infllm" and impl != "triton"
+    (op, impl) for op, impls in OPS.items() for impl in impls if op != "infllm" and impl != "triton"
 ]
 
 
