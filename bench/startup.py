@@ -2,9 +2,9 @@
 
     python bench/startup.py [--model DIR] [--repeats 7]
 
-Each figure is a fresh process, interleaved with `python -c "import torch"` in the same run, which is
-the part of the wait that is not ours. Limits: --help < 0.5 s; first token at most 1.5 s after what
-`import torch` alone takes. Without --model, a random model of the demo's shape is written first.
+Each figure is a fresh process, interleaved with `python -c "import torch"` in the same run, which
+is the part of the wait that is not ours. Limits: --help < 0.5 s; first token at most 1.5 s after
+what `import torch` alone takes. Without --model, a random model of the demo's shape is written.
 Prints a table, writes bench/results/startup.json, and exits with 1 where a limit is missed.
 """
 

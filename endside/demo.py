@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from endside.data import corpus
@@ -53,6 +53,8 @@ class Demo:
     """Time for training; the rest of the tour takes about one more."""
     steps: int | None = None
     """Training steps; default: as many as fit the minutes here."""
+    checkpoint_seconds: float = 20.0
+    """Time between checkpoints: what a kill loses at most."""
     threads: int | None = None
     """CPU threads; default: PyTorch's choice."""
 
@@ -174,7 +176,8 @@ def _plan(flags: Demo, tokenizer: Tokenizer) -> pretrain.PretrainConfig:
         model=shape,
         data=pretrain.DataConfig(shards=str(flags.out / "tokens")),
         steps=steps, batch=BATCH, seq_len=SEQ_LEN, threads=flags.threads,
-        schedule=_schedule(steps), optim=OptimConfig(learning_rate=0.01), checkpoint_seconds=20.0,
+        schedule=_schedule(steps), optim=OptimConfig(learning_rate=0.01),
+        checkpoint_seconds=flags.checkpoint_seconds,
     )  # fmt: skip
     speed = pretrain.measure_speed(cfg)
     if flags.steps is None:

@@ -1,4 +1,4 @@
-"""One decoder layer: norm, attention, norm, gated feed-forward; each increment times the muP scale."""
+"""One decoder layer: norm, attention, norm, gated feed-forward; increments times the muP scale."""
 
 from __future__ import annotations
 

@@ -1,22 +1,24 @@
 """Keys, values and their summaries: one static pool of pages, a list of pages per sequence.
 
-A page holds one block of keys (64 tokens). InfLLM's summaries live in the page that holds the LAST
-token of their window: fine kernel j ends at token 16j + 31 and so takes slot j + 1 counted over the
-sequence, four to a page; coarse kernel m ends at 64m + 127 and takes slot m + 1, one to a page. What
-a page holds therefore depends only on tokens up to its own end, which makes every operation exact:
+A page holds one block of keys (64 tokens). InfLLM's summaries live in the page that holds the
+LAST token of their window: fine kernel j ends at token 16j + 31 and so takes slot j + 1 counted
+over the sequence, four to a page; coarse kernel m ends at 64m + 127 and takes slot m + 1, one to a
+page. What a page holds therefore depends only on tokens up to its own end, which makes every
+operation exact:
 
     append   writes rows, then pools the windows they complete
     trim     forgets a tail: a summary is valid iff its window is, so lengths say everything
     accept   gathers the kept rows of a draft tree, then pools from the tree's start again
     fork     shares full pages and copies the last, partial one; a shared page is copied on write
 
-A sequence gets consecutive pages where the pool has them, so that `view` is a slice; scattered pages
-are gathered. Memory is allocated once; nothing here grows.
+A sequence gets consecutive pages where the pool has them, so that `view` is a slice; scattered
+pages are gathered. Memory is allocated once; nothing here grows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -32,7 +34,7 @@ class CacheFull(Exception):
 
 @dataclass
 class _Sequence:
-    """Pages in order; `stored` tokens are visible, the ones before `base` precede the last append."""
+    """Pages in order; `stored` tokens are visible, those before `base` precede the last append."""
 
     pages: list[int] = field(default_factory=list)
     stored: int = 0
@@ -54,12 +56,13 @@ class Cache:
         )
         place = {"dtype": dtype, "device": device}
         shape = (layers, self.pages * PAGE, groups, width)
-        self._keys, self._values = torch.zeros(shape, **place), torch.zeros(shape, **place)
+        # Left unwritten: the system then commits memory page by page, as tokens arrive.
+        self._keys, self._values = torch.empty(shape, **place), torch.empty(shape, **place)
         if self.sparse is not None:
             assert self.sparse.block_size == PAGE, "sparse block size differs from the page size"
             fine = self.pages * PAGE // self.sparse.kernel_stride
-            self._fine = torch.zeros(layers, fine, groups, width, **place)
-            self._coarse = torch.zeros(layers, self.pages, groups, width, **place)
+            self._fine = torch.empty(layers, fine, groups, width, **place)
+            self._coarse = torch.empty(layers, self.pages, groups, width, **place)
         self._users = [0] * self.pages
         self._sequences: dict[int, _Sequence] = {}
         self._next = 0
@@ -83,7 +86,7 @@ class Cache:
         return self._sequences[seq].stored
 
     def append(self, layer: int, seq: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write k, v (T, G, D) behind the stored tokens; `advance` makes them part of the length."""
+        """Write k, v (T, G, D) behind the stored tokens; `advance` adds them to the length."""
         new = k.shape[0]
         state = self._sequences[seq]
         if state.stored + new > len(state.pages) * PAGE:
@@ -129,7 +132,7 @@ class Cache:
     def accept(self, seq: int, rows: list[int]) -> None:
         """Of the last append keep these rows (root to leaf, ascending), moved together."""
         state = self._sequences[seq]
-        assert all(a < b for a, b in zip(rows, rows[1:], strict=False)), "rows must ascend"
+        assert all(a < b for a, b in pairwise(rows)), "rows must ascend"
         kept = torch.tensor(rows, dtype=torch.long, device=self._keys.device)
         written = self._indices(state, state.base, state.stored)
         target = self._indices(state, state.base, state.base + len(rows))
@@ -228,7 +231,7 @@ class Cache:
 
 
 def _is_run(pages: list[int]) -> bool:
-    return all(b == a + 1 for a, b in zip(pages, pages[1:], strict=False))
+    return all(b == a + 1 for a, b in pairwise(pages))
 
 
 def _runs(pages: list[int]) -> list[list[int]]:

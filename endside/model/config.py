@@ -20,7 +20,7 @@ from endside.ops.rope.frequencies import RopeConfig
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything the forward pass depends on. Raises UserError when the numbers cannot go together."""
+    """Everything the forward pass depends on. Raises UserError when numbers cannot go together."""
 
     vocab_size: int
     hidden_size: int  # C
@@ -46,15 +46,17 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                     "head_dim", "intermediate_size", "max_position_embeddings"):  # fmt: skip
+        for name in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings",
+        ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"config {name} is {value!r}: it must be a positive whole number")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"config num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}: every key head serves a whole group"
+                f"num_key_value_heads {self.num_key_value_heads}: a key head serves a whole group"
             )
         if self.head_dim % 2:
             raise UserError(

@@ -85,7 +85,7 @@ def cache_bytes_per_token(config: ModelConfig, element_bytes: int) -> float:
 
 
 def decode_bytes(config: ModelConfig, length: int, element_bytes: int) -> float:
-    """Bytes one decoded token must read: every matrix once, the keys and values it sees, summaries."""
+    """Bytes one decoded token reads: every matrix once, the keys and values it sees, summaries."""
     counted = parameters(config)
     head = config.vocab_size * config.hidden_size
     weights = (counted.attention + counted.feed_forward + counted.norms + head) * element_bytes

@@ -3,7 +3,8 @@
 At position i the layer reads the final hidden state h_i and the embedding of the next token,
 and predicts the token after it (training spec, "Multi-token prediction"):
 
-    x_i = P [norm(h_i) ; norm(E[t_{i+1}] * scale_emb)]        logits of t_{i+2} = W norm(layer(x)_i) / m
+    x_i = P [norm(h_i) ; norm(E[t_{i+1}] * scale_emb)]
+    logits of t_{i+2} = W norm(layer(x)_i) / m
 
 Embedding and output head are the main model's own. After training the layer drafts for speculation.
 """

@@ -1,8 +1,8 @@
 """Shapes with a name: the published models, the demo's, and two small ones whose every scale bites.
 
 Published shapes serve random-weight benchmarks and tests; a checkpoint's own config.json always
-wins. LongRoPE lists are point-symmetric (f[i] + f[n-1-i] is constant, formats §2), so the first half
-and that constant are the whole list.
+wins. LongRoPE lists are point-symmetric (f[i] + f[n-1-i] is constant, formats §2), so the first
+half and that constant are the whole list.
 """
 
 from __future__ import annotations

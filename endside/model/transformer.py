@@ -50,7 +50,7 @@ class Transformer(nn.Module):
         self.mtp = MTP(config, make_linear) if config.mtp_layers else None
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """muP start: embedding and head std 0.1, matrices 0.1 / sqrt(m), norms one (training spec)."""
+        """muP start: embedding, head std 0.1; matrices 0.1 / sqrt(m); norms 1 (training spec)."""
         deep = self.config.initializer_range / self.config.logit_divisor**0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:

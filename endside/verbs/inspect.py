@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 
 
 def describe(flags: Inspect) -> dict[str, Any]:
-    """Everything `inspect` knows about a model, as plain values. Raises UserError for a bad model."""
+    """Everything `inspect` knows about a model, as plain values; UserError for a bad model."""
     from endside.model import flops
 
     config, ignored, source = _config(flags.model)

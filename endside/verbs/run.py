@@ -107,7 +107,8 @@ def _prompt(flags: Run) -> str | None:
 def _ask(llm: LLM, flags: Run, history: list[dict[str, Any]], prompt: str) -> Stream:
     """The answer to `prompt`, after the turns of `history`, not yet begun."""
     sampling = {one.name: getattr(flags.sampling, one.name) for one in fields(SamplingConfig)}
-    talks = llm.has_chat_template and not flags.raw
+    # A base model that merely knows the turn tokens was never taught to answer.
+    talks = llm.tokenizer.chat_template is not None and not flags.raw
     if not talks:
         if flags.system is not None or flags.think or flags.no_think:
             raise UserError(

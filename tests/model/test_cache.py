@@ -59,7 +59,7 @@ OPERATION = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(OPERATION, min_size=1, max_size=25), st.randoms(use_true_random=False))
 def test_any_sequence_of_operations(operations: list, random: object) -> None:
-    """Appends, trims, accepted trees, forks and closes: keys and summaries stay those of the ids."""
+    """Appends, trims, accepted trees, forks, closes: keys and summaries stay those of the ids."""
     cache, known, token = _cache(), {}, 0
     for what, which, amount in operations:
         try:

@@ -5,8 +5,8 @@ extension only rescales that list and, some, the amplitude of cos and sin:
 
     linear     inv_freq / factor
     llama3     long waves / factor, short waves kept, a linear blend between (Llama 3.1)
-    yarn       inv_freq (1 - ramp) / factor ... blended over "correction dims", amplitude 0.1 ln(s) + 1
-    longrope   inv_freq / list[i], amplitude sqrt(1 + ln(s) / ln(original)) (LongRoPE, arXiv 2402.13753)
+    yarn       inv_freq / factor for long waves, blended over "correction dims", 0.1 ln(s) + 1
+    longrope   inv_freq / list[i], amplitude sqrt(1 + ln(s) / ln(original)) (arXiv 2402.13753)
 
 MiniCPM's published 128K lists are YaRN applied on top of its LongRoPE list, amplitude 1
 (`extend_longrope`). Where the long and the short list differ, we choose once, from the context the
@@ -51,7 +51,8 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("default", "linear", "llama3", "yarn", "longrope"):
             raise UserError(
-                f"rope_scaling type {self.kind!r} is not known: use default, linear, llama3, yarn or longrope"
+                f"rope_scaling type {self.kind!r} is not known: "
+                "use default, linear, llama3, yarn or longrope"
             )
         if self.kind in ("linear", "llama3", "yarn") and not self.factor:
             raise UserError(
@@ -63,7 +64,8 @@ class RopeConfig:
             )
         if self.kind in ("llama3", "yarn", "longrope") and not self.original:
             raise UserError(
-                f"rope_scaling type {self.kind} needs original_max_position_embeddings: add it to rope_scaling"
+                f"rope_scaling type {self.kind} needs original_max_position_embeddings: "
+                "add it to rope_scaling"
             )
 
 
@@ -98,7 +100,7 @@ def _llama3(rope: RopeConfig, plain: torch.Tensor) -> torch.Tensor:
 def correction_dims(
     head_dim: int, theta: float, original: int, rope: RopeConfig
 ) -> tuple[float, float]:
-    """The channel pairs between which YaRN blends (arXiv 2309.00071, section 3.2), within [0, D - 1]."""
+    """The channel pairs between which YaRN blends (arXiv 2309.00071, 3.2), within [0, D - 1]."""
 
     def pair(rotations: float) -> float:
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
@@ -136,7 +138,8 @@ def _longrope(rope: RopeConfig, head_dim: int, context: int) -> torch.Tensor:
     chosen = rope.long_factor if context > rope.original else rope.short_factor
     if len(chosen) != head_dim // 2:
         raise UserError(
-            f"rope_scaling holds {len(chosen)} factors for a head width of {head_dim}: it needs {head_dim // 2}"
+            f"rope_scaling holds {len(chosen)} factors for a head width of {head_dim}: "
+            f"it needs {head_dim // 2}"
         )
     pairs = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     return 1.0 / (torch.tensor(chosen, dtype=torch.float32) * rope.theta**pairs)

@@ -1,0 +1,152 @@
+"""The command line as a user meets it: answers, JSON, exit codes, and a chat at a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from endside import cli
+from endside.formats import hf
+from endside.model.presets import preset
+from endside.model.transformer import Transformer
+from endside.tokenizer import train_bpe
+
+TEXT = ["the quick brown fox jumps over the lazy dog, again and again. " * 40]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny checkpoint with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = train_bpe(iter(TEXT), 300)
+    tokenizer.save(folder / "tokenizer")
+    config = replace(
+        preset("tiny"), vocab_size=tokenizer.vocab_size, max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_id, eos_token_ids=tuple(tokenizer.eos_ids),
+    )  # fmt: skip
+    made = Transformer(config)
+    made.init_weights(torch.Generator().manual_seed(3))
+    return hf.save(made, folder / "model", tokenizer_files=folder / "tokenizer")
+
+
+def _run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(one) for one in argv])
+    said = capsys.readouterr()
+    return left.value.code or 0, said.out, said.err
+
+
+def test_run_prints_the_answer_and_the_same_for_the_same_seed(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sampling with a seed repeats; another seed does not; stdout holds the text alone."""
+    flags = ("--max-tokens", "12", "--temperature", "1.5")
+    texts = [_run(capsys, "run", model, "the fox", *flags, "--seed", s) for s in ("1", "1", "2")]
+    assert [code for code, _, _ in texts] == [0, 0, 0]
+    assert texts[0][1] == texts[1][1] != texts[2][1]
+
+
+def test_json_has_the_public_shape(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One object with the fields of the interface; token ids are as many as were counted."""
+    code, out, _ = _run(capsys, "run", model, "the fox", "--max-tokens", "5", "--json")
+    made = json.loads(out)
+    assert code == 0
+    wanted = {"text", "token_ids", "finish_reason", "usage", "timings", "attention", "executor"}
+    assert wanted | {"peak_memory_bytes"} <= made.keys()
+    assert len(made["token_ids"]) == made["usage"]["completion_tokens"] <= 5
+    assert made["attention"]["mode"] == "dense"
+
+
+def test_inspect_counts_and_explains(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The published 8B shape has its size; sparse attention is planned when asked for."""
+    code, out, _ = _run(
+        capsys, "inspect", "random:minicpm4-8b", "--context", "131072", "--attention", "sparse",
+        "--json",
+    )  # fmt: skip
+    report = json.loads(out)
+    assert code == 0
+    assert report["parameters"]["total"] == pytest.approx(8.185e9, rel=1e-3)
+    seen = report["attention"]
+    assert (seen["mode"], seen["selection"], seen["blocks"]) == ("sparse", "4.1", 96)
+    assert seen["visible_tokens"] / seen["available_tokens"] < 0.5
+    code, out, _ = _run(capsys, "inspect", model)
+    assert "no sparse_config" in out, "inspect does not say why attention is dense"
+
+
+BAD = {
+    "empty prompt": (["run", "{model}", ""], "prompt is empty"),
+    "long prompt": (["run", "{model}", "fox " * 400], "cache holds 256"),
+    "nan": (["run", "{model}", "a", "--temperature", "nan"], "temperature"),
+    "negative": (["run", "{model}", "a", "--top-k", "-1"], "top_k"),
+    "contradiction": (["run", "{model}", "a", "--temperature", "0", "--top-p", "0.5"], "top_p"),
+    "both thoughts": (["run", "{model}", "a", "--think", "--no-think"], "contradict"),
+    "no template": (["run", "{model}", "a", "--system", "be kind"], "chat template"),
+    "no model": (["run", "{tmp}", "a"], "config.json"),
+    "missing": (["run", "{tmp}/nowhere", "a"], "nowhere"),
+    "pickle": (["run", "{tmp}/weights.bin", "a"], "pickle"),
+    "verb": (["rum", "x"], "did you mean run"),
+    "preset": (["inspect", "random:huge"], "minicpm4-8b"),
+    "unwritable": (["convert", "{model}", "{tmp}/weights.bin/out", "--to", "llama"], "weights.bin"),
+    "no file": (["run", "{model}", "--file", "{tmp}/none.txt"], "none.txt"),
+    "no toml": (["pretrain", "{tmp}/none.toml"], "none.toml"),
+    "demo out": (["demo", "--out", "{tmp}/weights.bin/x", "--steps", "1"], "weights.bin"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_message_and_code_2(
+    case: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, one message that names the thing, no traceback, nothing written."""
+    (tmp_path / "weights.bin").write_bytes(b"\x80\x04not weights")
+    argv, said = BAD[case]
+    before = sorted(tmp_path.rglob("*"))
+    filled = [one.format(model=model, tmp=tmp_path) for one in argv]
+    code, out, err = _run(capsys, *filled)
+    assert code == 2, err
+    assert said in err and "Traceback" not in err
+    assert out == "" and len(err.strip().splitlines()) == 1, f"more than one message: {err}"
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"
+
+
+def test_chat_at_a_terminal_survives_an_interrupt(model: Path) -> None:
+    """Ctrl-C stops the answer, the next question is answered, Ctrl-D leaves with code 0."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "endside", "run", str(model), "--temperature", "1"]
+    process = subprocess.Popen(
+        command, stdin=follower, stdout=follower, stderr=follower, start_new_session=True
+    )
+    os.close(follower)
+    try:
+        _until(leader, b"> ")
+        os.write(leader, b"the fox\n")
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _until(leader, b"> ")
+        os.write(leader, b"the dog\n")
+        _until(leader, b"> ")
+        os.write(leader, b"\x04")
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        os.close(leader)
+
+
+def _until(leader: int, wanted: bytes, seconds: float = 60.0) -> None:
+    """Read the terminal until a prompt stands at the end of what it shows."""
+    seen, end = b"", time.monotonic() + seconds
+    while not seen.endswith(wanted):
+        assert time.monotonic() < end, f"no {wanted!r} within {seconds} s: {seen[-300:]!r}"
+        if select.select([leader], [], [], 0.5)[0]:
+            seen += os.read(leader, 65536)
