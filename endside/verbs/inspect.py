@@ -44,7 +44,7 @@ def describe(flags: Inspect) -> dict[str, Any]:
     """Everything `inspect` knows about a model, as plain values; UserError for a bad model."""
     from endside.model import flops
 
-    config, ignored, source = _config(flags.model)
+    config, ignored, source, stored = _config(flags.model)
     config = _with_attention(config, flags.attention)
     context = flags.context or config.max_position_embeddings
     counted = flops.parameters(config)
@@ -70,23 +70,25 @@ def describe(flags: Inspect) -> dict[str, Any]:
             "decode_bytes": int(flops.decode_bytes(config, context, width)),
             "forward_flops": int(flops.forward_flops(config, context)),
         },
-        "attention": _attention(config, context, flags.attention),
+        "attention": _attention(config, context, flags.attention, stored),
         "executor": _executor(),
         "ignored_keys": ignored,
     }  # fmt: skip
 
 
-def _config(model: str) -> tuple[ModelConfig, list[str], str]:
+def _config(model: str) -> tuple[ModelConfig, list[str], str, dict[str, Any]]:
+    """The shape, keys that were ignored, where it comes from, and the stored sparse_config."""
     if model.startswith("random:"):
         from endside.model.presets import preset
 
-        return preset(model.removeprefix("random:")), [], model
+        return preset(model.removeprefix("random:")), [], model, {}
     from endside.checkpoint import Checkpoint, resolve
     from endside.formats.hf import config_from_hf
 
     folder = resolve(model)
-    config, ignored = config_from_hf(Checkpoint.open(folder).config)
-    return config, ignored, str(folder)
+    raw = Checkpoint.open(folder).config
+    config, ignored = config_from_hf(raw)
+    return config, ignored, str(folder), raw.get("sparse_config") or {}
 
 
 def _with_attention(config: ModelConfig, attention: str) -> ModelConfig:
@@ -105,7 +107,9 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _attention(config: ModelConfig, context: int, asked: str) -> dict[str, Any]:
+def _attention(
+    config: ModelConfig, context: int, asked: str, stored: dict[str, Any]
+) -> dict[str, Any]:
     from endside.model import flops
 
     sparse = config.sparse
@@ -117,10 +121,15 @@ def _attention(config: ModelConfig, context: int, asked: str) -> dict[str, Any]:
     start = "always" if sparse.dense_len < 0 else f"from {sparse.dense_len} tokens on"
     return {
         "mode": "sparse", "why": why, "starts": start,
-        "selection": sparse.selection, "lse": sparse.lse, "compat": sparse.compat,
+        "selection": sparse.selection, "selection_why": _origin("selection", stored),
+        "lse": sparse.lse, "lse_why": _origin("lse", stored), "compat": sparse.compat or "none",
         "blocks": sparse.total_blocks, "budget_tokens": sparse.budget,
         "visible_tokens": seen, "available_tokens": context,
     }  # fmt: skip
+
+
+def _origin(key: str, stored: dict[str, Any]) -> str:
+    return "stored in sparse_config" if key in stored else "the default, as none is stored"
 
 
 def _executor() -> dict[str, str]:
@@ -156,9 +165,7 @@ def _table(report: dict[str, Any]) -> str:
         "per token": f"{per_token['decode_bytes'] / 1e6:,.1f} MB read, "
         f"{per_token['forward_flops'] / 1e9:,.2f} GFLOP at that context",
         "attention": ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in attention.items()),
-        "executor": "{name} on {device} ({why}); native core: {native}".format(
-            **report["executor"]
-        ),
+        "executor": "{name} on {device} ({why}); {native}".format(**report["executor"]),
         "ignored keys": ", ".join(report["ignored_keys"]) or "none",
     }
     return "\n".join(f"{name:<12} {text}" for name, text in rows.items())
