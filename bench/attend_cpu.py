@@ -30,10 +30,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from endside.ops.attention.sdpa import attend as attend_dense
 from endside.ops.infllm import attend, attend_stats
 from endside.ops.infllm.config import SparseConfig
 from endside.ops.infllm.reference import summarise
-from endside.ops.infllm.vectorised import attend_dense
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPTHS = (4096, 8192, 16384, 32768, 65536, 131072)

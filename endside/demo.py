@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -36,7 +37,7 @@ from endside.train.run_folder import RunFolder
 from endside.train.schedule import ScheduleConfig
 
 TOKENIZER_TEXT = 3_000_000  # characters the tokenizer is trained on
-PROMPTS = ("The following ", "Return a new ", "def __init__(self")
+PROMPTS = ("The following", "Return a new", "def __init__(self")
 LONG = 65536  # keys of the long-context step
 BATCH, SEQ_LEN = 8, 256  # rows and tokens: the largest batch that still takes many steps
 
@@ -269,11 +270,12 @@ def _long_context() -> None:
 
 def _next_steps(flags: Demo, seconds: float) -> None:
     model = flags.out / "model"
+    command = "endside" if shutil.which("endside") else Path(sys.executable).with_name("endside")
     _say("done", f"in {seconds / 60:.1f} minutes. Try next:")
-    for command in (
-        f'endside run {model} "The following " --temperature 0.7 --stats',
-        f"endside inspect {model}",
-        f"endside convert {model} {flags.out / 'llama'} --to llama",
-        'endside run openbmb/MiniCPM4-0.5B "What is a phone?"   # a published model, from the hub',
+    for rest in (
+        f'run {model} "The following" --temperature 0.7 --stats',
+        f"inspect {model}",
+        f"convert {model} {flags.out / 'llama'} --to llama",
+        'run openbmb/MiniCPM4-0.5B "What is a phone?"   # a published model, from the hub',
     ):
-        print(f"           {command}")
+        print(f"           {command} {rest}")

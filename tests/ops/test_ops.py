@@ -11,6 +11,7 @@ import torch
 
 from endside import native
 from endside.ops import OPS, implementation
+from endside.ops.attention import sdpa
 from endside.ops.cross_entropy.reference import IGNORE
 
 DIFFERENTIABLE_ONLY_IN_TORCH = {"native"}
@@ -102,3 +103,12 @@ def test_unknown_implementation_is_named() -> None:
     """A wrong name says which ones there are."""
     with pytest.raises(KeyError, match="reference"):
         implementation("rope", "cuda")
+
+
+def test_a_chunk_in_tiles_equals_one_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cutting the queries of a chunk behind stored keys changes nothing but rounding."""
+    make = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, n, g, 16, generator=make) for n, g in ((70, 6), (91, 2), (91, 2)))
+    monkeypatch.setattr(sdpa, "TILE", 17)
+    want = implementation("attention", "reference")(q, k, v)
+    torch.testing.assert_close(sdpa.attend(q, k, v), want, rtol=1e-5, atol=2e-6)

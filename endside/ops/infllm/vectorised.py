@@ -17,13 +17,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from endside.ops.attention import sdpa as dense_attention
 from endside.ops.infllm import geometry
 from endside.ops.infllm.blockwise import TEMPORARY, BlockAttention, Chunk, arrange, attend_one
 from endside.ops.infllm.config import SparseConfig
 from endside.ops.infllm.reference import Summaries, ragged, summarise, wide
 
 CHUNK = 512  # queries that share one pass over their chosen blocks
-DENSE_TILE = 256  # queries that share one causal mask
 
 
 def attend(
@@ -48,31 +48,10 @@ def attend(
     parts = []
     if dense:
         past = length - new + dense
-        parts.append(attend_dense(q[:, :dense], k[:, :past], v[:, :past]))
+        parts.append(dense_attention.attend(q[:, :dense], k[:, :past], v[:, :past]))
     if dense < new:
         parts.append(_attend_sparse(q[:, dense:], k, v, sparse=sparse, summaries=summaries))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def attend_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of the last T of S positions: q (B, T, H, D), k, v (B, S, G, D)."""
-    new, length = q.shape[1], k.shape[1]
-    query, keys, values = (x.transpose(1, 2) for x in (q, k, v))
-    if new == 1:
-        # one query: the heads of a group become the rows of one product over their shared keys
-        rows = query.unflatten(1, (k.shape[2], -1)).squeeze(3)  # (B, G, H / G, D)
-        return F.scaled_dot_product_attention(rows, keys, values).flatten(1, 2).unsqueeze(1)
-    if new == length:
-        out = F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2)
-    tiles = []
-    for start in range(0, new, DENSE_TILE):
-        stop = min(start + DENSE_TILE, new)
-        past = length - new + stop
-        part = (query[:, :, start:stop], keys[:, :, :past], values[:, :, :past])
-        seen = torch.ones(stop - start, past, dtype=torch.bool).tril(past - stop + start)
-        tiles.append(F.scaled_dot_product_attention(*part, attn_mask=seen, enable_gqa=True))
-    return torch.cat(tiles, dim=2).transpose(1, 2)
 
 
 def _attend_sparse(

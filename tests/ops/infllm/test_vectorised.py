@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from endside.ops.attention import sdpa
 from endside.ops.infllm import blockwise, geometry, reference, vectorised
 from endside.ops.infllm.config import SparseConfig
 
@@ -67,7 +68,7 @@ def test_small_portions_change_nothing(
 ) -> None:
     """Chunks, score tiles and product portions only bound memory."""
     monkeypatch.setattr(vectorised, "CHUNK", 100)
-    monkeypatch.setattr(vectorised, "DENSE_TILE", 31)
+    monkeypatch.setattr(sdpa, "TILE", 31)
     monkeypatch.setattr(vectorised, "TEMPORARY", 2048)
     monkeypatch.setattr(blockwise, "TEMPORARY", 4096)
     monkeypatch.setattr(blockwise, "PRODUCT_ROWS", 6)
