@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from endside import atomic
 from endside.errors import UserError
 from endside.shards import (
     AGAIN,
@@ -332,9 +333,9 @@ def write_folder(
             entries[name] = _write_file(partial / name, content)
         manifest = {"version": 1, "files": dict(sorted(entries.items()))}
         _write_file(partial / MANIFEST, _json(manifest))
-        _sync_folder(partial)
+        atomic.sync(partial)
         _replace(partial, dst)
-        _sync_folder(dst.parent)
+        atomic.sync(dst.parent)
     except OSError as error:
         raise UserError(
             f"{dst} cannot be written ({error.strerror or error}): choose a folder that is "
@@ -414,26 +415,8 @@ def _sweep(dst: Path) -> None:
     """Remove what killed writers of dst left behind; a living writer's folder stays."""
     for left in dst.parent.glob(f".{dst.name}.partial-*"):
         pid = left.name.rpartition("-")[2]
-        if not (pid.isdigit() and _alive(int(pid))) or pid == str(os.getpid()):
+        if not (pid.isdigit() and atomic.alive(int(pid))) or pid == str(os.getpid()):
             shutil.rmtree(left)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _some(names: Collection[str]) -> str:

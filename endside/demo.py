@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from endside.atomic import write_atomic
 from endside.data import corpus
-from endside.data.atomic import write_atomic
 from endside.data.document import Document
 from endside.data.pack import Encoder, Packed, open_packed, pack
 from endside.errors import UserError

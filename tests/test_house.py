@@ -20,18 +20,19 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "endside"
 
 # Small modules that every stage may use, and those that deal in text. No stage is below them.
-DESK = {"errors", "config", "log", "dist", "shards", "checkpoint"}
+DESK = {"errors", "atomic", "config", "log", "dist", "shards", "checkpoint"}
 TEXT = {"tokenizer", "chat"}
 
 # Who may import whom: the rooms directly below. What is below those is allowed too.
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "size": set(),
+    "atomic": {"errors"},
     "config": {"errors"},
     "log": {"errors"},
     "dist": {"errors"},
     "shards": {"errors"},
-    "checkpoint": {"shards"},
+    "checkpoint": {"shards", "atomic"},
     "spm": {"errors"},
     "pieces": {"spm"},
     "tokenizer": {"pieces", "checkpoint"},

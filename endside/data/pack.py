@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from endside.data.atomic import atomic_folder
+from endside.atomic import atomic_folder
 from endside.data.document import Document
 from endside.errors import UserError
 

@@ -32,8 +32,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from endside import config as configuration
+from endside.atomic import atomic_folder, discard, sweep, write_atomic
 from endside.checkpoint import read_json
-from endside.data.atomic import atomic_folder, discard, sweep, write_atomic
 from endside.errors import UserError
 from endside.log import Metrics, Progress, keep_until
 from endside.shards import digest

@@ -56,11 +56,12 @@ def _remove_dead(target: Path) -> None:
     """Remove the parts of `target` whose writers live no more."""
     for part in target.parent.glob(f"{_MARK}{target.name}-*"):
         pid = part.name.rpartition("-")[2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
+        if pid.isdigit() and (int(pid) == os.getpid() or not alive(int(pid))):
             shutil.rmtree(part)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of that number lives."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
