@@ -99,7 +99,7 @@ class Transformer(nn.Module):
         frequencies, amplitude = inverse_frequencies(
             config.rope, config.head_dim, self.context, config.max_position_embeddings
         )
-        return tables(positions, frequencies.to(positions.device), amplitude)
+        return tables(positions, torch.from_numpy(frequencies).to(positions.device), amplitude)
 
     def _positions(self, batch: Batch, cache: Cache | None) -> torch.Tensor:
         if batch.positions is not None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 import logging
 from functools import cache
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -36,6 +36,8 @@ class Core(Protocol):
     ) -> None:
         """x (P, C), weight (C), out (P, C): float32, dense."""
         ...
+
+    # packed.py and model.py reach the rest by `call`.
 
 
 @cache
@@ -82,19 +84,29 @@ def rmsnorm(
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """RMSNorm of rows: x (P, C), weight (C) -> (P, C), float32 and dense; `out` may be x itself."""
-    core, reason = _import_core()
-    if core is None:
-        raise UserError(f"native core {reason}: install a C++ compiler and install endside again")
+    _need()
     if out is None:
         out = np.empty_like(x)
     _check("x", x, 2)
     _check("weight", weight, 1)
     _check("out", out, 2)
-    try:
-        core.rmsnorm(x, weight, eps, out, isa)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    call("rmsnorm", x, weight, eps, out, isa)
     return out
+
+
+def call(name: str, *arguments: object) -> Any:
+    """A function of the core; what it refuses, and its absence, become a UserError."""
+    try:
+        return getattr(_need(), name)(*arguments)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"native core: {error}") from error
+
+
+def _need() -> Core:
+    core, reason = _import_core()
+    if core is None:
+        raise UserError(f"native core {reason}: install a C++ compiler and install endside again")
+    return core
 
 
 def _check(name: str, array: np.ndarray, axes: int) -> None:

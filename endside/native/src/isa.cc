@@ -2,32 +2,73 @@
 
 #include <stdexcept>
 
+#if defined(ENDSIDE_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(ENDSIDE_NEON) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace endside {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::portable: return "portable";
     case Isa::neon: return "neon";
+    case Isa::neon_i8mm: return "neon_i8mm";
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
   }
   throw std::logic_error("isa_name: not an instruction set");
 }
 
-std::vector<Isa> available_isas() {
-  std::vector<Isa> isas = {Isa::portable};
 #if defined(ENDSIDE_X86)
+
+static void add_faster(std::vector<Isa>& isas) {
   // The compiler's run-time library asks cpuid, and whether the system saves the wide registers.
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back(Isa::avx2);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    isas.push_back(Isa::avx512);
-  }
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (avx2) isas.push_back(Isa::avx2);
+  if (avx2 && avx512) isas.push_back(Isa::avx512);
+}
+
 #elif defined(ENDSIDE_NEON)
-  // Part of every 64-bit ARM processor.
-  isas.push_back(Isa::neon);
+
+#if defined(__APPLE__)
+static bool has(const char* feature) {
+  int value = 0;
+  size_t bytes = sizeof(value);
+  return sysctlbyname(feature, &value, &bytes, nullptr, 0) == 0 && value != 0;
+}
+static bool has_dot_products() { return has("hw.optional.arm.FEAT_DotProd"); }
+static bool has_matrix_products() { return has("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__linux__)
+static bool has_dot_products() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+static bool has_matrix_products() { return (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }
+#else
+static bool has_dot_products() { return false; }  // no way to ask: portable is always right
+static bool has_matrix_products() { return false; }
 #endif
+
+static void add_faster(std::vector<Isa>& isas) {
+  if (!has_dot_products()) return;
+  isas.push_back(Isa::neon);
+  if (has_matrix_products()) isas.push_back(Isa::neon_i8mm);
+}
+
+#else
+
+static void add_faster(std::vector<Isa>&) {}
+
+#endif
+
+std::vector<Isa> available_isas() {
+  std::vector<Isa> isas = {Isa::portable};
+  add_faster(isas);
   return isas;
 }
 

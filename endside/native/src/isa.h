@@ -1,4 +1,9 @@
 // The instruction sets a kernel may be written for, and which of them this machine has.
+//
+//   avx2       AVX2, FMA, F16C
+//   avx512     AVX-512 F, BW, VL, DQ and VNNI; a processor with some of them only runs avx2
+//   neon       64-bit ARM with int8 dot products (ARMv8.2 and later); older ones run portable
+//   neon_i8mm  neon with int8 matrix products; kernels that gain nothing from them run as neon
 #pragma once
 
 #include <string>
@@ -6,7 +11,7 @@
 
 namespace endside {
 
-enum class Isa { portable, neon, avx2, avx512 };
+enum class Isa { portable, neon, neon_i8mm, avx2, avx512 };
 
 // Names as Python and error messages spell them.
 const char* isa_name(Isa isa);

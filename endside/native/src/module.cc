@@ -1,18 +1,11 @@
 // The Python module: checks shapes, releases the interpreter lock, calls the core. C++ exceptions
 // become Python ones here and nowhere else.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bind.h"
 #include "isa.h"
 #include "rmsnorm.h"
-
-namespace nb = nanobind;
-
-using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Row = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using OutRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 static std::vector<std::string> isa_names() {
   std::vector<std::string> names;
@@ -20,7 +13,8 @@ static std::vector<std::string> isa_names() {
   return names;
 }
 
-static void rmsnorm(Rows x, Row weight, float eps, OutRows out, const std::string& isa) {
+static void rmsnorm(Array<const float, 2> x, Array<const float, 1> weight, float eps,
+                    Array<float, 2> out, const std::string& isa) {
   const endside::Isa chosen = endside::choose_isa(isa);
   if (weight.shape(0) != x.shape(1)) {
     throw std::invalid_argument("rmsnorm: weight must have as many entries as x has columns");
@@ -36,4 +30,6 @@ NB_MODULE(_core, module) {
   module.def("available_isas", &isa_names);
   module.def("rmsnorm", &rmsnorm, nb::arg("x").noconvert(), nb::arg("weight").noconvert(),
              nb::arg("eps"), nb::arg("out").noconvert(), nb::arg("isa"));
+  bind_linear(module);
+  bind_model(module);
 }

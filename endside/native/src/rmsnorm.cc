@@ -12,7 +12,8 @@ void rmsnorm(const float* x, const float* weight, float eps, float* out, std::si
     case Isa::avx2: return rmsnorm_avx2(x, weight, eps, out, rows, width);
     case Isa::avx512: return rmsnorm_avx512(x, weight, eps, out, rows, width);
 #elif defined(ENDSIDE_NEON)
-    case Isa::neon: return rmsnorm_neon(x, weight, eps, out, rows, width);
+    case Isa::neon:
+    case Isa::neon_i8mm: return rmsnorm_neon(x, weight, eps, out, rows, width);
 #endif
     default: throw std::invalid_argument("rmsnorm was not built for this instruction set");
   }

@@ -11,6 +11,9 @@ extension only rescales that list and, some, the amplitude of cos and sin:
 MiniCPM's published 128K lists are YaRN applied on top of its LongRoPE list, amplitude 1
 (`extend_longrope`). Where the long and the short list differ, we choose once, from the context the
 model is built for: keys in a cache are stored rotated, so a list cannot change while a text grows.
+
+numpy alone: executors without a tensor library need the list too. theta^x is taken in float64 and
+rounded to float32; everything after it is float32.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+import numpy as np
 
 from endside.errors import UserError
 
@@ -71,18 +74,18 @@ class RopeConfig:
 
 def inverse_frequencies(
     rope: RopeConfig, head_dim: int, context: int, max_position: int
-) -> tuple[torch.Tensor, float]:
+) -> tuple[np.ndarray, float]:
     """The inverse frequencies (D/2,) float32 and the amplitude of cos and sin.
 
     context: tokens the model is built for, which chooses the long or short list of longrope;
     max_position: the configured maximum, from which a missing `factor` is derived.
     """
-    powers = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    plain = 1.0 / powers
+    powers = _powers(rope.theta, head_dim)
+    plain = 1 / powers
     if rope.kind == "default":
         return plain, rope.amplitude or 1.0
     if rope.kind == "linear":
-        return plain / rope.factor, rope.amplitude or 1.0
+        return plain / np.float32(rope.factor), rope.amplitude or 1.0
     if rope.kind == "llama3":
         return _llama3(rope, plain), rope.amplitude or 1.0
     if rope.kind == "yarn":
@@ -90,11 +93,19 @@ def inverse_frequencies(
     return _longrope(rope, head_dim, context), _longrope_amplitude(rope, max_position)
 
 
-def _llama3(rope: RopeConfig, plain: torch.Tensor) -> torch.Tensor:
-    wave = 2 * math.pi / plain
+def _powers(theta: float, head_dim: int) -> np.ndarray:
+    """theta^(2i/D) (D/2,) float32."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return (np.float64(theta) ** exponents.astype(np.float64)).astype(np.float32)
+
+
+def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
+    # a reciprocal and a product where one division would do: the published bits
+    wave = 1 / plain * np.float32(2 * math.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
-    blend = ((rope.original / wave - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - blend) * plain / rope.factor + blend * plain
+    turns = 1 / wave * np.float32(rope.original)
+    blend = ((turns - np.float32(low)) / np.float32(high - low)).clip(0, 1)
+    return (1 - blend) * plain / np.float32(rope.factor) + blend * plain
 
 
 def correction_dims(
@@ -111,15 +122,15 @@ def correction_dims(
     return max(low, 0), min(high, head_dim - 1)
 
 
-def _kept(head_dim: int, low: float, high: float) -> torch.Tensor:
+def _kept(head_dim: int, low: float, high: float) -> np.ndarray:
     """gamma (D/2,): 1 where a wave is kept, 0 where it is stretched in full."""
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
-    return 1 - ramp.clamp(0.0, 1.0)
+    pairs = np.arange(head_dim // 2, dtype=np.float32)
+    return 1 - ((pairs - np.float32(low)) / np.float32(max(high - low, 1e-3))).clip(0, 1)
 
 
-def _yarn(rope: RopeConfig, powers: torch.Tensor, head_dim: int) -> torch.Tensor:
+def _yarn(rope: RopeConfig, powers: np.ndarray, head_dim: int) -> np.ndarray:
     kept = _kept(head_dim, *correction_dims(head_dim, rope.theta, rope.original, rope))
-    return 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept
+    return 1 / (np.float32(rope.factor) * powers) * (1 - kept) + 1 / powers * kept
 
 
 def _yarn_amplitude(rope: RopeConfig) -> float:
@@ -134,15 +145,14 @@ def _yarn_amplitude(rope: RopeConfig) -> float:
     return scale(1.0)
 
 
-def _longrope(rope: RopeConfig, head_dim: int, context: int) -> torch.Tensor:
+def _longrope(rope: RopeConfig, head_dim: int, context: int) -> np.ndarray:
     chosen = rope.long_factor if context > rope.original else rope.short_factor
     if len(chosen) != head_dim // 2:
         raise UserError(
             f"rope_scaling holds {len(chosen)} factors for a head width of {head_dim}: "
             f"it needs {head_dim // 2}"
         )
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    return 1.0 / (torch.tensor(chosen, dtype=torch.float32) * rope.theta**pairs)
+    return 1 / (np.array(chosen, dtype=np.float32) * _powers(rope.theta, head_dim))
 
 
 def _longrope_amplitude(rope: RopeConfig, max_position: int) -> float:

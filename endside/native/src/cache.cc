@@ -1,0 +1,144 @@
+#include "cache.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "attention_kernels.h"
+#include "cache_layout.h"
+
+namespace endside {
+
+static size_t padded(int64_t bytes) { return (static_cast<size_t>(bytes) + 63) / 64 * 64; }
+
+static Cell cell_of(CacheType type) { return static_cast<Cell>(static_cast<int32_t>(type)); }
+
+CacheLayout::CacheLayout(const CacheShape& shape) {
+  cell = cell_of(shape.type);
+  summary_cell = shape.type == CacheType::int8 ? Cell::f16 : cell;
+  width = shape.head_dim;
+  block_bytes = static_cast<size_t>(BLOCK * width * cell_bytes(cell));
+  const size_t scales = shape.type == CacheType::int8 ? CHUNK * sizeof(float) : 0;
+  keys = 0;
+  values = keys + CHUNK_BLOCKS * block_bytes;
+  key_scales = values + CHUNK_BLOCKS * block_bytes;
+  value_scales = key_scales + scales;
+  fine = value_scales + scales;
+  const int64_t slot = shape.summaries ? width * cell_bytes(summary_cell) : 0;
+  coarse = fine + static_cast<size_t>(FINE_SLOTS * slot);
+  // vectors may read up to 64 bytes past the last row
+  head_bytes = padded(static_cast<int64_t>(coarse) + COARSE_SLOTS * slot + 64);
+  layer_bytes = head_bytes * static_cast<size_t>(shape.kv_heads);
+  chunk_bytes = layer_bytes * static_cast<size_t>(shape.layers);
+}
+
+size_t chunk_bytes(const CacheShape& shape) { return CacheLayout(shape).chunk_bytes; }
+
+void copy_chunk(const Cache& cache, int32_t source, int32_t target) {
+  const size_t bytes = chunk_bytes(cache.shape);
+  std::memcpy(cache.base + static_cast<size_t>(target) * bytes,
+              cache.base + static_cast<size_t>(source) * bytes, bytes);
+}
+
+float pair_sum(float* x, int64_t count) {
+  for (int64_t left = count / 2; left > 0; left /= 2) {
+    for (int64_t i = 0; i < left; ++i) x[i] = x[2 * i] + x[2 * i + 1];
+  }
+  return x[0];
+}
+
+float window_mean(float* x, int64_t size) {
+  const float older = pair_sum(x, size / 2), newer = pair_sum(x + size / 2, size / 2);
+  return (older + newer) / static_cast<float>(size);
+}
+
+float quantize_row(const float* in, int64_t width, int8_t* codes) {
+  float largest = 0;
+  for (int64_t d = 0; d < width; ++d) largest = std::fmax(largest, std::fabs(in[d]));
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  for (int64_t d = 0; d < width; ++d) {
+    codes[d] = static_cast<int8_t>(std::nearbyint(in[d] * inverse));
+  }
+  return largest / 127.0f;
+}
+
+void Place::keys(int64_t position, int64_t channel, float* out) const {
+  const uint8_t* own = part(position);
+  const int64_t block = position % CHUNK / BLOCK, lane = position % BLOCK;
+  const size_t cells = static_cast<size_t>(channel * BLOCK + lane);
+  const size_t at = static_cast<size_t>(block) * layout.block_bytes +
+                    cells * static_cast<size_t>(cell_bytes(layout.cell));
+  kernels.widen(layout.cell, own + layout.keys + at, out, 16);
+  if (layout.cell != Cell::int8) return;
+  const float* scales = reinterpret_cast<const float*>(own + layout.key_scales);
+  for (int64_t i = 0; i < 16; ++i) out[i] *= scales[position % CHUNK + i];
+}
+
+template <class Number>
+static void scatter(const Number* row, int64_t width, uint8_t* block, int64_t lane) {
+  Number* keys = reinterpret_cast<Number*>(block) + lane;
+  for (int64_t d = 0; d < width; ++d) keys[d * BLOCK] = row[d];
+}
+
+static void store_token(const Place& place, int64_t position, const float* key,
+                        const float* value) {
+  const CacheLayout& layout = place.layout;
+  const int64_t width = layout.width, at = position % CHUNK, lane = at % BLOCK;
+  uint8_t* own = place.part(position);
+  uint8_t* keys = own + layout.keys + static_cast<size_t>(at / BLOCK) * layout.block_bytes;
+  const size_t row = static_cast<size_t>(at * width * cell_bytes(layout.cell));
+  uint8_t* values = own + layout.values + row;
+  if (layout.cell == Cell::int8) {
+    int8_t codes[MAX_HEAD_DIM];
+    reinterpret_cast<float*>(own + layout.key_scales)[at] = quantize_row(key, width, codes);
+    scatter(codes, width, keys, lane);
+    reinterpret_cast<float*>(own + layout.value_scales)[at] =
+        quantize_row(value, width, reinterpret_cast<int8_t*>(values));
+    return;
+  }
+  float padded_row[MAX_HEAD_DIM + 16] = {};
+  uint16_t numbers[MAX_HEAD_DIM + 16];
+  std::memcpy(padded_row, key, static_cast<size_t>(width) * sizeof(float));
+  place.kernels.narrow(layout.cell, padded_row, numbers, width);
+  scatter(numbers, width, keys, lane);
+  std::memcpy(padded_row, value, static_cast<size_t>(width) * sizeof(float));
+  place.kernels.narrow(layout.cell, padded_row, numbers, width);
+  std::memcpy(values, numbers, static_cast<size_t>(width) * sizeof(uint16_t));
+}
+
+// The window of `size` tokens that ends at `position`, into slot `slot` of tile [D][slots].
+static void pool_window(const Place& place, int64_t position, int64_t size, uint8_t* tile,
+                        int64_t slots, int64_t slot) {
+  const CacheLayout& layout = place.layout;
+  float means[MAX_HEAD_DIM + 16] = {};
+  uint16_t numbers[MAX_HEAD_DIM + 16];
+  for (int64_t d = 0; d < layout.width; ++d) {
+    float window[COARSE_SIZE];
+    for (int64_t i = 0; i < size; i += 16) place.keys(position + 1 - size + i, d, window + i);
+    means[d] = window_mean(window, size);
+  }
+  place.kernels.narrow(layout.summary_cell, means, numbers, layout.width);
+  uint16_t* out = reinterpret_cast<uint16_t*>(tile) + slot;
+  for (int64_t d = 0; d < layout.width; ++d) out[d * slots] = numbers[d];
+}
+
+void append(const Cache& cache, int64_t layer, Table table, int64_t position, const float* key,
+            const float* value, int64_t head_begin, int64_t head_end, Isa isa) {
+  const CacheLayout layout(cache.shape);
+  const AttentionKernels& kernels = attention_kernels(isa);
+  for (int64_t head = head_begin; head < head_end; ++head) {
+    const Place place = {cache, layout, kernels, layer, head, table};
+    store_token(place, position, key + head * layout.width, value + head * layout.width);
+    if (!cache.shape.summaries) continue;
+    const int64_t end = position + 1, inside = position % CHUNK;
+    uint8_t* own = place.part(position);
+    if (end % FINE_STRIDE == 0 && end >= FINE_SIZE) {
+      pool_window(place, position, FINE_SIZE, own + layout.fine, FINE_SLOTS, inside / FINE_STRIDE);
+    }
+    if (end % COARSE_STRIDE == 0 && end >= COARSE_SIZE) {
+      pool_window(place, position, COARSE_SIZE, own + layout.coarse, COARSE_SLOTS,
+                  inside / COARSE_STRIDE);
+    }
+  }
+}
+
+}  // namespace endside

@@ -1,0 +1,62 @@
+// Where things lie inside a chunk: for the files that read and write the cache.
+#pragma once
+
+#include "cache.h"
+
+namespace endside {
+
+// The numbers of a block or a tile of summaries; f32 is for blocks that are put together in
+// scratch.
+enum class Cell : int32_t { f16 = 0, bf16 = 1, int8 = 2, f32 = 3 };
+
+inline int64_t cell_bytes(Cell cell) {
+  return cell == Cell::f32 ? 4 : cell == Cell::int8 ? 1 : 2;
+}
+
+// Offsets in bytes inside the part of one chunk that one layer and key head own.
+struct CacheLayout {
+  explicit CacheLayout(const CacheShape& shape);
+
+  Cell cell, summary_cell;
+  int64_t width;                    // D
+  size_t block_bytes;               // keys or values of one block
+  size_t keys, values;              // CHUNK_BLOCKS blocks each
+  size_t key_scales, value_scales;  // CHUNK float32 each, int8 only
+  size_t fine, coarse;              // with summaries only
+  size_t head_bytes, layer_bytes, chunk_bytes;
+};
+
+inline uint8_t* head_part(const Cache& cache, const CacheLayout& layout, int64_t layer,
+                          int64_t head, int32_t chunk) {
+  return cache.base + static_cast<size_t>(chunk) * layout.chunk_bytes +
+         static_cast<size_t>(layer) * layout.layer_bytes +
+         static_cast<size_t>(head) * layout.head_bytes;
+}
+
+struct AttentionKernels;
+
+// One key head of one sequence, for those who store and pool its tokens.
+struct Place {
+  const Cache& cache;
+  const CacheLayout& layout;
+  const AttentionKernels& kernels;
+  int64_t layer, head;
+  Table table;
+
+  uint8_t* part(int64_t position) const {
+    return head_part(cache, layout, layer, head, table.chunks[position / CHUNK]);
+  }
+  // Stored keys of 16 neighbouring positions (the first a multiple of 16), one channel, as float32.
+  void keys(int64_t position, int64_t channel, float* out) const;
+};
+
+// The sum of x[0 .. count), count a power of two, neighbours first; x is overwritten.
+float pair_sum(float* x, int64_t count);
+
+// One head of one token as int8: codes (width), returns the scale.
+float quantize_row(const float* in, int64_t width, int8_t* codes);
+
+// The mean of a window as it is defined for summaries: two halves, each summed by pair_sum.
+float window_mean(float* x, int64_t size);
+
+}  // namespace endside

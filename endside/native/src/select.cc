@@ -1,0 +1,147 @@
+// Which blocks a row attends to: coarse or fine summaries give each head's normaliser, fine ones
+// the scores of blocks, and the best blocks fill the budget. Sections are those of infllmv2; the
+// truth is ops/infllm/reference.py.
+//
+// Slot s of the fine summaries ends with token 16 s + 15, slot s of the coarse ones with 64 s + 63;
+// slot 0 is empty. So a row at position p sees slots 1 .. (p + 1) / 16 - 1, and block B is touched
+// by slots 4 B .. 4 B + 4, the last of which may lie in the next chunk.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "attention_rooms.h"
+
+namespace endside {
+
+static int64_t local_blocks(const SparseShape& sparse) {
+  return sparse.window_blocks + (sparse.selection_41 ? 1 : 0);
+}
+
+static int64_t free_blocks(const SparseShape& sparse) {
+  return sparse.topk + sparse.window_blocks - sparse.init_blocks - local_blocks(sparse);
+}
+
+static int64_t first_local(const Row& row, const SparseShape& sparse) {
+  const int64_t first = row.position / BLOCK - local_blocks(sparse) + 1;
+  return first > 0 ? first : 0;
+}
+
+
+bool chooses(const Step& step, const Row& row) {
+  const SparseShape& sparse = step.shape.sparse;
+  if (!sparse.on || row.position + 1 < sparse.dense_len) return false;
+  return first_local(row, sparse) - sparse.init_blocks > free_blocks(sparse);
+}
+
+int64_t normaliser_chunks(const Step& step, const Row& row) {
+  const bool coarse = step.shape.sparse.coarse_lse;
+  const int64_t slots = (row.position + 1) / (coarse ? COARSE_STRIDE : FINE_STRIDE);
+  return ceil_div(slots, coarse ? COARSE_SLOTS : FINE_SLOTS);
+}
+
+int64_t score_chunks(const Step& step, const Row& row) {
+  return first_local(row, step.shape.sparse) / CHUNK_BLOCKS + 1;
+}
+
+// The slots of one chunk that a row sees. extras: room for MAX_TREE.
+static Slots slots_of(const Step& step, const Row& row, int64_t head, int64_t chunk, bool fine,
+                      Extra* extras) {
+  const int64_t count = fine ? FINE_SLOTS : COARSE_SLOTS;
+  const int64_t stride = fine ? FINE_STRIDE : COARSE_STRIDE;
+  const int64_t seen = (row.position + 1) / stride - chunk * count;
+  Slots slots;
+  slots.cell = step.layout.summary_cell;
+  const size_t at = fine ? step.layout.fine : step.layout.coarse;
+  slots.data = step.part(row, head, chunk) + at;
+  const bool last = chunk == row.position / CHUNK;
+  slots.next = last ? nullptr : step.part(row, head, chunk + 1) + at;
+  slots.slots = count;
+  slots.begin = chunk == 0 ? 1 : 0;
+  slots.end = seen < 0 ? 0 : seen < count ? seen : count;
+  slots.extras = extras;
+  slots.extra_count =
+      row.span->parents ? tree_extras(step, row, head, chunk, fine, extras) : 0;
+  return slots;
+}
+
+void normalise_chunk(const Step& step, const Row& row, int64_t head, int64_t chunk, float* peak,
+                     float* total) {
+  Extra extras[MAX_TREE];
+  const bool fine = !step.shape.sparse.coarse_lse;
+  const Slots slots = slots_of(step, row, head, chunk, fine, extras);
+  step.kernels->normalise(step.heads, step.query(row, head), slots, peak, total);
+}
+
+void finish_normaliser(const Step& step, const float* peak, const float* total, float* lse) {
+  for (int64_t head = 0; head < step.heads.heads; ++head) {
+    // a row that sees no summary has no normaliser: it scores 0 everywhere
+    lse[head] = total[head] > 0 ? peak[head] + std::log2(total[head])
+                                : std::numeric_limits<float>::infinity();
+  }
+}
+
+void score_chunk(const Step& step, const Row& row, int64_t head, int64_t chunk, const float* lse,
+                 float* block_scores, float* edge) {
+  Extra extras[MAX_TREE];
+  alignas(64) float scores[FINE_SLOTS];
+  const Slots slots = slots_of(step, row, head, chunk, true, extras);
+  step.kernels->score(step.heads, step.query(row, head), slots, lse, scores);
+  constexpr int64_t per_block = BLOCK / FINE_STRIDE;
+  for (int64_t block = 0; block < CHUNK_BLOCKS; ++block) {
+    const float* s = scores + block * per_block;
+    const float low = s[0] > s[1] ? s[0] : s[1], high = s[2] > s[3] ? s[2] : s[3];
+    block_scores[block] = low > high ? low : high;
+  }
+  for (int64_t block = 0; block + 1 < CHUNK_BLOCKS; ++block) {
+    const float next = scores[(block + 1) * per_block];
+    if (next > block_scores[block]) block_scores[block] = next;
+  }
+  *edge = scores[0];
+}
+
+static float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The largest limit that at least `wanted` of the scores reach. Scores that count are not negative,
+// so they are ordered as their bits are.
+static uint32_t threshold(const Step& step, const float* scores, int64_t count, int64_t wanted) {
+  uint32_t low = 0, high = 0x7f800001u;  // no score is above infinity
+  while (high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    const int64_t found = step.kernels->count_at_least(scores, count, from_bits(middle));
+    if (found == wanted) return middle;
+    (found > wanted ? low : high) = middle;
+  }
+  return low;
+}
+
+int64_t choose(const Step& step, const Row& row, float* scores, const float* edges,
+               int32_t* list) {
+  const SparseShape& sparse = step.shape.sparse;
+  const int64_t local = first_local(row, sparse), wanted = free_blocks(sparse);
+  const int64_t count = ceil_div(local, 16) * 16;
+  for (int64_t chunk = 1; chunk < score_chunks(step, row); ++chunk) {
+    float& last = scores[chunk * CHUNK_BLOCKS - 1];
+    if (edges[chunk] > last) last = edges[chunk];
+  }
+  for (int64_t block = 0; block < sparse.init_blocks; ++block) scores[block] = -1.0f;
+  for (int64_t block = local; block < count; ++block) scores[block] = -1.0f;
+  const uint32_t bits = threshold(step, scores, count, wanted);
+  const float limit = from_bits(bits);
+  // equal scores: the lower block first
+  int64_t equals = wanted - step.kernels->count_at_least(scores, count, from_bits(bits + 1));
+  int64_t found = 0;
+  const auto take = [&](int64_t block) { list[found++] = static_cast<int32_t>(block); };
+  for (int64_t block = 0; block < sparse.init_blocks; ++block) take(block);
+  for (int64_t block = sparse.init_blocks; block < local; ++block) {
+    if (scores[block] < limit || (scores[block] == limit && equals-- <= 0)) continue;
+    take(block);
+  }
+  for (int64_t block = local; block <= row.position / BLOCK; ++block) take(block);
+  return found;
+}
+
+}  // namespace endside
