@@ -7,7 +7,8 @@ TORCH_INDEX ?=
 export TORCH_INDEX
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q
 
-.PHONY: demo test slow bench lint gpu-check size clean core setup-test setup-lint
+.PHONY: demo test slow fuzz bench lint gpu-check size clean core setup-test setup-lint
+.PHONY: native-test native-sanitize native-arm native-avx512
 
 demo: core
 	@sh runs/tour.sh $(ARGS)
@@ -23,6 +24,29 @@ test: setup-test
 
 slow: setup-test
 	@$(PYTEST) -m slow --ignore=tests/triton_compile --ignore=tests/triton_interpret $(ARGS)
+
+# Hostile files for every reader, for as long as one likes.
+FUZZ_SECONDS ?= 600
+fuzz: setup-test
+	@PYTHONPATH=. OMP_NUM_THREADS=1 .venv/bin/python tests/formats/fuzz.py --seconds $(FUZZ_SECONDS) $(ARGS)
+
+# C++ tests of the native core without Python, in every instruction set of this machine.
+# (ARGS here and below: words that choose tests by name.)
+native-test:
+	@sh tests/native/run.sh test $(ARGS)
+
+# The same under the address, undefined-behaviour and thread sanitizers.
+native-sanitize:
+	@sh tests/native/run.sh sanitize $(ARGS)
+
+# Cross-compiled, on emulated 64-bit Arm processors with and without int8 dot and matrix products;
+# needs the Debian packages g++-aarch64-linux-gnu and qemu-user-static. Shows results, not speed.
+native-arm:
+	@sh tests/native/run.sh arm $(ARGS)
+
+# The AVX-512 files on a machine without AVX-512; needs libsimde-dev. Shows results, not speed.
+native-avx512:
+	@sh tests/native/run.sh avx512 $(ARGS)
 
 bench: core
 	@set -e; for script in bench/*.py; do \

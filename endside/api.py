@@ -100,15 +100,15 @@ class LLM:
         """Load a local folder or a hub name. Raises UserError, and nothing is kept, if it is wrong.
 
         options: executor="auto", attention="auto", device="auto", dtype="auto", quant="none",
-        context=None, capacity=None, threads=None, max_batch=8.
+        group=128, head="auto", kv="auto", context=None, capacity=None, threads=None, max_batch=8.
         """
         from endside.checkpoint import Checkpoint, resolve
         from endside.tokenizer import Tokenizer
 
         begin = time.perf_counter()
         plan = _build(Plan, options, "LLM")
-        checkpoint = Checkpoint.open(resolve(model))
-        tokenizer = Tokenizer.load(checkpoint.folder)
+        checkpoint = Checkpoint.open(resolve(model), verify=False)  # `create` verifies
+        tokenizer = Tokenizer.load(checkpoint.folder, whole=False)
         executor = create(checkpoint, plan)
         self._join(
             _engine(executor, tokenizer, plan.max_batch),

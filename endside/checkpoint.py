@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MANIFEST = "endside.manifest.json"
+PACKS = ".endside"  # folder beside the weights in which executors keep what they derive from them
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -76,9 +77,18 @@ class Checkpoint:
         optional = folder / "generation_config.json"
         generation = read_json(optional) if optional.is_file() else {}
         tensors = _read_tensors(folder)
-        if verify and (folder / MANIFEST).is_file():
-            _verify_manifest(folder, tensors)
-        return cls(folder=folder, config=config, generation=generation, tensors=tensors)
+        checkpoint = cls(folder=folder, config=config, generation=generation, tensors=tensors)
+        if verify:
+            checkpoint.verify()
+        return checkpoint
+
+    def verify(self, *, weights: bool = True) -> None:
+        """Compare the files with the manifest, where there is one; UserError names what differs.
+
+        weights: False looks at the small files only, for who has weights verified before.
+        """
+        if (self.folder / MANIFEST).is_file():
+            _verify_manifest(self.folder, self.tensors, weights)
 
     def names(self) -> list[str]:
         """Tensor names in the order of the files."""
@@ -221,7 +231,8 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} is missing: {AGAIN}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({_first_line(error)}): {AGAIN}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # not only JSONDecodeError: thousands of digits or of brackets end the parser too
         raise UserError(f"{path} is not valid JSON ({error}): correct it, or {AGAIN}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: {AGAIN}")
@@ -278,7 +289,7 @@ def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _verify_manifest(folder: Path, tensors: dict[str, TensorInfo]) -> None:
+def _verify_manifest(folder: Path, tensors: dict[str, TensorInfo], all_weights: bool) -> None:
     """Compare every file with the manifest: weights must match, edited text is logged."""
     files = read_json(folder / MANIFEST).get("files")
     if not isinstance(files, dict):
@@ -286,6 +297,8 @@ def _verify_manifest(folder: Path, tensors: dict[str, TensorInfo]) -> None:
     for name, entry in files.items():
         path = folder / name
         weights = name.endswith(".safetensors") or name == INDEX
+        if weights and not all_weights and path.is_file():
+            continue
         if not path.is_file():
             text = f"{path} is missing, though {MANIFEST} lists it"
         elif digest(path) != entry.get("sha256"):
@@ -356,6 +369,7 @@ def _check_target(dst: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{dst} already holds a checkpoint: give a new folder, or ask to overwrite")
     ours = {MANIFEST, *read_json(dst / MANIFEST).get("files", {})}
+    ours.add(PACKS)
     foreign = sorted(file.name for file in dst.iterdir() if file.name not in ours)
     if foreign:
         raise UserError(f"{dst} also holds {_some(foreign)}, not written by us: move it away first")

@@ -17,9 +17,12 @@ from endside.errors import UserError
 VERBS = {
     "demo": "the tour on this machine: real text, tokenizer, small model, text again",
     "run": "generate, or chat interactively without a prompt",
+    "bench": "prefill and decode speed at several contexts, beside the memory bandwidth",
     "inspect": "architecture, parameters, memory plan, and what will be used and why",
-    "convert": "write a checkpoint in another format (hf, llama, endside)",
+    "convert": "write a checkpoint in another format (hf, llama, gptq, gguf, endside)",
+    "quantize": "make a checkpoint small: int4 or int8 by rtn, GPTQ or P-GPTQ",
     "pretrain": "train from tokens: CONFIG.toml [key=value ...]",
+    "qat": "train a model in ternary or int4 weights: CONFIG.toml [key=value ...]",
     "plot": "loss curves of one or more runs as a PNG",
     "size": "lines per room of this package",
 }

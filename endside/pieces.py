@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # what a description with a field of a wrong kind raises where it is read
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 LARGEST = 1 << 24  # ids of any vocabulary stay far below
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # pieces of one byte
 AGAIN = "get the file again from where the model came from"
 
 
@@ -93,6 +94,68 @@ def build(spec: dict[str, Any], control: dict[str, int], *, first: bool) -> toke
     return Tokenizer.from_str(text)
 
 
+class Short:
+    """Models for short texts: `build` with only the pieces that a text can come to, in no time.
+
+    A merge acts only where its result stands in the text, after normalizing and splitting; what no
+    merge makes is one character or one byte. So every other piece and merge may be left out and
+    the ids are the same: 1 ms instead of the 300 ms that 73,440 pieces take.
+    """
+
+    LONGEST = 2000  # characters; beyond, the whole model is soon the faster way
+
+    def __init__(self, spec: dict[str, Any], control: dict[str, int]) -> None:
+        self._spec, self._control = spec, control
+        self._merges = spec["model"].get("merges", [])
+        results = [
+            merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
+            for merge in self._merges
+        ]
+        self._by_result = dict(zip(results, range(len(results))))
+        # other merges that give the same piece; kept apart, they are few
+        self._others: dict[str, list[int]] = {}
+        for at, result in enumerate(results):
+            if self._by_result[result] != at:
+                self._others.setdefault(result, []).append(at)
+        self._longest = max(map(len, self._by_result), default=0)
+        # merges of pieces that stand for a byte do not show in the text
+        self._always = [at for at, result in enumerate(results) if "<0x" in result]
+
+    @staticmethod
+    def serves(spec: dict[str, Any]) -> bool:
+        """Whether the model is one of those that this is exact for."""
+        model = spec["model"]
+        odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        return isinstance(model["vocab"], dict) and not any(model.get(one) for one in odd)
+
+    def model(self, text: str, *, first: bool) -> tokenizers.Tokenizer:
+        """The model that gives this text the ids that the whole one gives it."""
+        plan = {**self._spec, "model": {**self._spec["model"], "vocab": {}, "merges": []}}
+        plan["model"]["unk_token"] = None
+        shell = build(plan, {}, first=first)
+        normal = shell.normalizer.normalize_str(text) if shell.normalizer else text
+        split = shell.pre_tokenizer
+        words = [word for word, _ in split.pre_tokenize_str(normal)] if split else [normal]
+        kept = sorted({*self._always, *self._acting(words)})
+        merges = [self._merges[at] for at in kept]
+        sides = [one for merge in merges for one in pair(merge)]
+        vocab = self._spec["model"]["vocab"]
+        wanted = {*sides, *map("".join, map(pair, merges)), *"".join(words), *words, *BYTES}
+        wanted |= {self._spec["model"].get("unk_token")}
+        small = {piece: vocab[piece] for piece in wanted & vocab.keys()}
+        model = {**self._spec["model"], "vocab": small, "merges": merges}
+        return build({**self._spec, "model": model}, self._control, first=first)
+
+    def _acting(self, words: list[str]) -> Iterator[int]:
+        for word in words:
+            for start in range(len(word)):
+                for end in range(start + 2, min(start + self._longest, len(word)) + 1):
+                    result = word[start:end]
+                    if result in self._by_result:
+                        yield self._by_result[result]
+                        yield from self._others.get(result, ())
+
+
 def pair(merge: str | list[str]) -> tuple[str, str]:
     """A merge is written "a b" in older files, [a, b] in newer ones."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -141,9 +204,10 @@ def piece_decoder(spec: dict[str, Any]) -> Callable[[str], bytes]:
             "SentencePiece's: use a model with one of these"
         )
     fallback = "ByteFallback" in kinds
+    byte = re.compile("<0x[0-9A-Fa-f]{2}>")
     return lambda piece: (
         bytes([int(piece[3:5], 16)])
-        if fallback and re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece)
+        if fallback and piece.startswith("<0x") and byte.fullmatch(piece)
         else piece.replace(SPACE, " ").encode()
     )
 

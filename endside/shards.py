@@ -62,7 +62,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
         entries = _entries(header)
-    except (UnicodeDecodeError, json.JSONDecodeError, _Malformed) as error:
+    except (ValueError, RecursionError, _Malformed) as error:
         raise UserError(f"the header of {path} is damaged ({error}): {AGAIN}") from error
     return _tiled(path, entries, data=8 + length, size=size)
 
@@ -90,10 +90,10 @@ def _entry(name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _Malformed(f"tensor {name} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
-    if len(numbers) - len(shape) != 2 or any(type(n) is not int or n < 0 for n in numbers):
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not lists or any(type(n) is not int or n < 0 for n in [*shape, *offsets]):
         raise _Malformed(f"tensor {name} has shape {shape} and data_offsets {offsets}")
-    if dtype not in NUMPY:
+    if not isinstance(dtype, str) or dtype not in NUMPY:
         raise _Malformed(f"tensor {name} has unknown dtype {dtype!r}, known are {', '.join(NUMPY)}")
     wanted = math.prod(shape) * np.dtype(NUMPY[dtype]).itemsize
     if offsets[1] - offsets[0] != wanted:

@@ -78,8 +78,12 @@ class Tokenizer:
     edited: bool = False  # the template is not the folder's
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
-        """Read a checkpoint folder; UserError names the missing or damaged file."""
+    def load(cls, folder: str | Path, *, whole: bool = True) -> Tokenizer:
+        """Read a checkpoint folder; UserError names the missing or damaged file.
+
+        whole: False leaves the model that encodes long texts, and the check that it can be built,
+        until one comes; short ones do without (`pieces.Short`), and the ids are the same.
+        """
         folder = Path(folder)
         place = folder / JSON if (folder / JSON).is_file() else folder / SPM
         if not place.is_file():
@@ -88,7 +92,11 @@ class Tokenizer:
             )
         config, names = _read_config(folder)
         with pieces.Complaints(place):
-            return cls._read(place, config, names)
+            tokenizer = cls._read(place, config, names)
+            if whole or not pieces.Short.serves(tokenizer.spec):
+                # built now, while a complaint can name the file
+                assert tokenizer._head and tokenizer._tail, "built on first use"
+            return tokenizer
 
     @classmethod
     def _read(cls, place: Path, config: dict[str, Any], names: dict[str, str | None]) -> Tokenizer:
@@ -112,8 +120,7 @@ class Tokenizer:
             tool_template=tools,
             source=place.parent,
         )
-        # built now, while a complaint can name the file
-        assert tokenizer._head and tokenizer._tail and tokenizer._bytes, "built on first use"
+        assert tokenizer._bytes, "built on first use"
         return tokenizer
 
     def encode(self, text: str, *, bos: bool = True, control: bool = False) -> list[int]:
@@ -157,12 +164,20 @@ class Tokenizer:
         return ids, starts
 
     def _encode_plain(self, text: str, first: bool) -> tokenizers.Encoding:
+        with pieces.Complaints(self.source or Path(JSON)):
+            model = self._model(text, first)
         try:
-            return (self._head if first else self._tail).encode(text, add_special_tokens=False)
+            return model.encode(text, add_special_tokens=False)
         except TypeError as error:
             raise UserError(
                 f"the text holds half a surrogate pair ({error}): send valid Unicode"
             ) from error
+
+    def _model(self, text: str, first: bool) -> tokenizers.Tokenizer:
+        built = "_head" in vars(self) or self.source is None
+        if built or len(text) > pieces.Short.LONGEST or not pieces.Short.serves(self.spec):
+            return self._head if first else self._tail
+        return self._short.model(text, first=first)
 
     def decode(
         self, ids: Iterable[int], *, skip_special: bool = True, at_start: bool = True
@@ -286,6 +301,10 @@ class Tokenizer:
     @cached_property
     def _head(self) -> tokenizers.Tokenizer:
         return pieces.build(self.spec, self.control_tokens, first=True)
+
+    @cached_property
+    def _short(self) -> pieces.Short:
+        return pieces.Short(self.spec, self.control_tokens)
 
     @cached_property
     def _tail(self) -> tokenizers.Tokenizer:

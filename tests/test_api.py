@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import endside
-from endside import LLM
+from endside import LLM, native
 from endside.engine.executors.torch import TorchExecutor
 from endside.errors import UserError
 from endside.formats.hf import save
@@ -38,9 +38,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(model, place / "model", tokenizer_files=place / "text")
 
 
+EXECUTORS = [
+    "torch",
+    pytest.param(
+        "native", marks=pytest.mark.skipif(not native.available_isas(), reason="no native core")
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=EXECUTORS)
+def llm(request: pytest.FixtureRequest, folder: Path) -> LLM:
+    return LLM(folder, executor=request.param, context=256)
+
+
 @pytest.fixture(scope="module")
-def llm(folder: Path) -> LLM:
-    return LLM(folder, context=256)
+def torch_llm(folder: Path) -> LLM:
+    return LLM(folder, executor="torch", context=256)
+
+
+def _free(llm: LLM) -> int:
+    """Tokens for which the cache has room."""
+    executor = llm.engine.executor
+    return executor.cache.free if executor.name == "torch" else executor.sequences.free
 
 
 def test_generate_says_what_it_did(llm: LLM) -> None:
@@ -50,7 +69,7 @@ def test_generate_says_what_it_did(llm: LLM) -> None:
     assert result.finish_reason in ("length", "stop")
     assert result.text == llm.tokenizer.decode(result.token_ids, at_start=False)
     assert result.seed == 5
-    assert result.executor == "torch"
+    assert result.executor == llm.engine.executor.name
     assert result.attention.mode == "dense"
     assert result.attention.visible_tokens == result.usage.prompt_tokens + len(result.token_ids) - 1
     timings = result.timings
@@ -107,7 +126,7 @@ def test_every_end_id_of_every_file_stops(folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "model"
     place.mkdir()
     for file in folder.iterdir():
-        if file.name != "endside.manifest.json":
+        if file.is_file() and file.name != "endside.manifest.json":
             (place / file.name).write_bytes(file.read_bytes())
     config = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps({**config, "eos_token_id": [1, 311]}))
@@ -141,7 +160,8 @@ def test_control_strings_in_a_prompt_stay_text(llm: LLM) -> None:
     assert turns[1] == turns[0] + 1
 
 
-def test_logits_are_those_of_one_plain_forward(llm: LLM) -> None:
+def test_logits_are_those_of_one_plain_forward(torch_llm: LLM) -> None:
+    llm = torch_llm
     ids = np.random.default_rng(0).integers(8, 300, 200).tolist()
     llm.engine.prefill_chunk, usual = 64, llm.engine.prefill_chunk
     try:
@@ -170,16 +190,18 @@ def test_many_prompts_get_the_answers_they_get_alone(folder: Path) -> None:
 
 
 def test_closing_a_stream_frees_its_memory(llm: LLM) -> None:
-    cache = llm.engine.executor.cache
     with llm.stream("Once", temperature=1.0, seed=1) as stream:
         next(stream)
-        assert cache.free < llm.engine.executor.capacity
-    assert cache.free == llm.engine.executor.capacity
+        assert _free(llm) < llm.engine.executor.capacity
+    assert _free(llm) == llm.engine.executor.capacity
     assert stream.result().finish_reason == "cancelled"
 
 
-def test_an_interrupt_leaves_a_usable_model(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_a_usable_model(
+    torch_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C strikes inside the forward pass; the next answer is what it would have been."""
+    llm = torch_llm
     expected = llm.generate("Once", max_tokens=8)
     executor, forward, calls = llm.engine.executor, TorchExecutor._forward, iter(range(100))
 
@@ -200,14 +222,14 @@ def test_an_interrupt_leaves_a_usable_model(llm: LLM, monkeypatch: pytest.Monkey
 
 def test_an_interrupted_stream_may_go_on(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = llm.generate("Once", max_tokens=8)
-    decode, calls = TorchExecutor.decode, iter(range(100))
+    decode, calls = llm.engine.executor.decode, iter(range(100))
 
-    def interrupted(self: TorchExecutor, seqs: list[int], tokens: np.ndarray) -> np.ndarray:
+    def interrupted(seqs: list[int], tokens: np.ndarray) -> np.ndarray:
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return decode(self, seqs, tokens)
+        return decode(seqs, tokens)
 
-    monkeypatch.setattr(TorchExecutor, "decode", interrupted)
+    monkeypatch.setattr(llm.engine.executor, "decode", interrupted)
     stream = llm.stream("Once", max_tokens=8)
     with pytest.raises(KeyboardInterrupt):
         list(stream)
@@ -230,7 +252,7 @@ def test_a_dropped_stream_is_cancelled(llm: LLM) -> None:
     del stream
     assert handle.finish_reason == "cancelled"
     llm.engine.step()
-    assert llm.engine.executor.cache.free == llm.engine.executor.capacity
+    assert _free(llm) == llm.engine.executor.capacity
 
 
 @pytest.mark.parametrize(
@@ -266,7 +288,10 @@ def test_wrong_use_is_one_message(llm: LLM, call, message: str) -> None:
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
         ({"attention": "linear"}, "attention is 'linear'"),
-        ({"quant": "int4"}, "quant is 'int4'"),
+        ({"quant": "int5"}, "quant is 'int5'"),
+        ({"executor": "torch", "quant": "int4"}, "needs the native executor"),
+        ({"executor": "torch", "kv": "int8"}, "leave --kv out"),
+        ({"group": 100}, "group is 100: use 32, 64, 128"),
         ({"context": 0}, "context is 0"),
         ({"context": 128, "capacity": 64}, "capacity 64 is below context 128"),
         ({"threads": -1}, "threads is -1"),
@@ -289,14 +314,28 @@ def test_options_act(folder: Path) -> None:
     assert executor.model.embed_tokens.weight.dtype == torch.bfloat16
     assert (executor.context, executor.capacity) == (100, 320)
     assert sparse.engine.scheduler.max_batch == 8
-    assert LLM(folder).context == 512
-    assert LLM(folder, capacity=128).context == 128
+    assert LLM(folder, executor="torch").context == 512
+    assert LLM(folder, executor="torch", capacity=128).context == 128
     before = torch.get_num_threads()
     try:
-        LLM(folder, threads=1)
+        LLM(folder, executor="torch", threads=1)
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not native.available_isas(), reason="no native core")
+def test_options_of_the_native_executor_act(folder: Path) -> None:
+    usual = LLM(folder)
+    assert (usual.engine.executor.name, usual.context) == ("native", 512)
+    assert LLM(folder, capacity=128).context == 128
+    few = LLM(folder, quant="int4", kv="int8", threads=1, attention="sparse", context=100)
+    executor = few.engine.executor
+    assert {one.kind for one in executor.pack.matrices.values()} == {"int4"}
+    assert (executor.threads, executor.model.limits.context) == (1, 100)
+    assert executor.config.sparse is not None
+    ids = list(range(3, 60))
+    assert np.abs(few.logits(ids) - usual.logits(ids)).max() > 1e-3
 
 
 def test_a_model_in_memory_needs_no_folder(llm: LLM) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -16,12 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from endside import cli
+from endside import cli, native
 from endside.formats import hf
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
 from endside.tokenizer import train_bpe
 
+needs_core = pytest.mark.skipif(not native.available_isas(), reason="no native core here")
 TEXT = ["the quick brown fox jumps over the lazy dog, again and again. " * 40]
 
 
@@ -70,18 +72,54 @@ def test_json_has_the_public_shape(model: Path, capsys: pytest.CaptureFixture[st
 
 def test_inspect_counts_and_explains(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The published 8B shape has its size; sparse attention is planned when asked for."""
-    code, out, _ = _run(
-        capsys, "inspect", "random:minicpm4-8b", "--context", "131072", "--attention", "sparse",
-        "--json",
-    )  # fmt: skip
+    flags = ("--context", "32768", "--attention", "sparse", "--json")
+    code, out, _ = _run(capsys, "inspect", "random:minicpm4-0.5b", *flags)
     report = json.loads(out)
     assert code == 0
-    assert report["parameters"]["total"] == pytest.approx(8.185e9, rel=1e-3)
+    assert report["parameters"]["total"] == pytest.approx(433.9e6, rel=1e-3)
     seen = report["attention"]
     assert (seen["mode"], seen["selection"], seen["blocks"]) == ("sparse", "4.1", 96)
     assert seen["visible_tokens"] / seen["available_tokens"] < 0.5
     code, out, _ = _run(capsys, "inspect", model)
     assert "no sparse_config" in out, "inspect does not say why attention is dense"
+
+
+@needs_core
+def test_inspect_prints_the_native_plan(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights by part, the cache per token, the steps, threads and the instruction set."""
+    flags = ("--quant", "int4", "--context", "2048", "--threads", "1")
+    code, out, _ = _run(capsys, "inspect", "random:minicpm4-0.5b", *flags)
+    assert code == 0
+    for said in ("int4-g128-head-int4", "threads 1", "bytes per token", "head ", "one step", "qkv"):
+        assert said in out, f"{said!r} is not in:\n{out}"
+    code, out, _ = _run(capsys, "inspect", "random:minicpm4-0.5b", *flags, "--json")
+    report = json.loads(out)
+    assert report["executor"]["name"] == "native"
+    memory = report["memory"]
+    # 24 layers, 2 heads of 64, keys and values in 2 bytes
+    assert memory["cache_bytes_per_token"] == pytest.approx(24 * 2 * 64 * 2 * 2, rel=0.05)
+    # 4.125 bits for 359 M weights and for the head's 75 M
+    assert memory["weights_bytes"] == pytest.approx(433.9e6 * 4.125 / 8, rel=0.01)
+    assert memory["weights_bytes"] + memory["cache_bytes"] < memory["total_bytes"]
+
+
+@needs_core
+def test_a_context_that_cannot_fit_is_refused_with_the_largest(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`inspect` and `run` say the same, and the length they name does fit."""
+    monkeypatch.setattr("endside.engine.executors.native_plan.free_memory", lambda: 2 * 10**9)
+    flags = ("random:minicpm4-0.5b", "--quant", "int4", "--context")
+    code, _, err = _run(capsys, "inspect", *flags, "1000000")
+    largest = re.search(r"the largest context that fits is ([\d,]+)", err)
+    assert code == 2 and largest, err
+    fitting = int(largest[1].replace(",", ""))
+    assert 50_000 < fitting < 200_000
+    assert _run(capsys, "inspect", *flags, str(fitting))[0] == 0
+    assert _run(capsys, "inspect", *flags, str(fitting + 1024))[0] == 2
+    monkeypatch.setattr("endside.engine.executors.native_plan.free_memory", lambda: 70 * 2**20)
+    code, _, err = _run(capsys, "run", model, "a", "--context", "200000")
+    assert code == 2 and "the largest context that fits" in err, err
 
 
 BAD = {
@@ -98,6 +136,11 @@ BAD = {
     "verb": (["rum", "x"], "did you mean run"),
     "preset": (["inspect", "random:huge"], "minicpm4-8b"),
     "unwritable": (["convert", "{model}", "{tmp}/weights.bin/out", "--to", "llama"], "weights.bin"),
+    "bits on torch": (["run", "{model}", "a", "--quant", "int4", "--executor", "torch"], "--quant"),
+    "dtype natively": (
+        ["run", "{model}", "a", "--quant", "int4", "--dtype", "float32"],
+        "dtype float32",
+    ),
     "no file": (["run", "{model}", "--file", "{tmp}/none.txt"], "none.txt"),
     "no toml": (["pretrain", "{tmp}/none.toml"], "none.toml"),
     "demo out": (["demo", "--out", "{tmp}/weights.bin/x", "--steps", "1"], "weights.bin"),

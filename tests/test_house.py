@@ -43,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "ops": {"native"},
     "model": {"ops"},
     "quant": {"model", *DESK},
-    "formats": {"model", *DESK},
+    "formats": {"model", "quant", *DESK},
     "data": {*DESK, *TEXT},
     "synth": {*DESK, *TEXT},
     "train": {"data", "quant", "formats"},
@@ -55,7 +55,8 @@ ROOMS: dict[str, set[str]] = {
     "tunnel": {"train", "eval"},
     "rl": {"train", "api"},
     "demo": {"api", "eval", "tunnel"},
-    "verbs": {"demo", "serve", "agents", "rl", "synth", "size"},
+    "gguf_tokenizer": {"formats", "tokenizer"},
+    "verbs": {"gguf_tokenizer", "demo", "serve", "agents", "rl", "synth", "size"},
     "cli": {"verbs"},
     "__main__": {"cli"},
     # The package itself offers a few names, looked up lazily.

@@ -3,11 +3,20 @@ package in the way of the model on a machine that has torch, triton and numpy al
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+from endside import native
+from endside.formats import hf
+from endside.model.presets import preset
+from endside.model.transformer import Transformer
+from endside.tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,6 +89,34 @@ def python(code: str, *arguments: str) -> str:
 def test_import_brings_nothing_heavy(module: str) -> None:
     heavy = python(LIST_HEAVY, module, *HEAVY)
     assert heavy == "", f"import {module} brings {heavy}"
+
+
+RUN = """
+import sys
+from endside.cli import main
+try:
+    main(["run", sys.argv[1], "the fox", "--max-tokens", "3", "--executor", "native", "--json"])
+finally:
+    print("heavy", *[name for name in sys.argv[2:] if name in sys.modules])
+"""
+
+
+@pytest.mark.skipif(not native.available_isas(), reason="no native core here")
+@pytest.mark.parametrize("chats", [False, True])
+def test_run_with_the_native_executor_brings_no_torch(chats: bool, tmp_path: Path) -> None:
+    """Packing, then mapping; a prompt as it is, or rendered with a chat template."""
+    config = replace(preset("tiny"), vocab_size=300)
+    tokenizer = train_bpe(["the quick brown fox jumps over the lazy dog. " * 40], 300)
+    if chats:
+        tokenizer = tokenizer.with_chat_template("{{ messages[0]['content'] }}")
+    tokenizer.save(tmp_path / "text")
+    model = Transformer(config)
+    model.init_weights(torch.Generator().manual_seed(1))
+    place = hf.save(model, tmp_path / "model", tokenizer_files=tmp_path / "text")
+    for _ in range(2):
+        answer, heavy = python(RUN, str(place), *HEAVY).splitlines()
+        assert json.loads(answer)["executor"] == "native"
+        assert heavy == "heavy", f"run brings {heavy}"
 
 
 def test_heavy_is_noticed() -> None:

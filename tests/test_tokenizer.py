@@ -73,6 +73,25 @@ def test_plain_text_has_the_published_ids(published: Tokenizer, oracle) -> None:
         assert published.encode(text) == [1, *wanted]
 
 
+@pytest.mark.parametrize("which", ["published", "own"])
+def test_short_texts_do_without_the_whole_model(
+    which: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Same ids and places, at the start of a text and inside it; a long text builds the model."""
+    whole = request.getfixturevalue(which)
+    whole.save(tmp_path)
+    quick = Tokenizer.load(tmp_path, whole=False)
+    texts = [*strings(11, 300, PARTS + CONTROL + [CORPUS[0][:30], " the", "ing"]), *CORPUS[:3], ""]
+    for text in texts:
+        for first in (True, False):
+            assert quick.encode_run(text, first=first) == whole.encode_run(text, first=first), text
+        assert quick.encode(text, control=True) == whole.encode(text, control=True)
+    assert "_head" not in vars(quick)
+    long = CORPUS[0] * 40
+    assert quick.encode(long) == whole.encode(long)
+    assert "_head" in vars(quick)
+
+
 def test_control_tokens_have_the_published_ids(published: Tokenizer, oracle) -> None:
     for text in strings(1, 300, PARTS + CONTROL):
         wanted = oracle.encode(text, add_special_tokens=False).ids
@@ -111,8 +130,9 @@ def test_literal_control_strings_stay_text(published: Tokenizer, own: Tokenizer)
         assert tokenizer.encode(name, bos=False, control=True) == [tokenizer.id_of(name)]
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("model", ["BPE", "Unigram", "ignore_merges"])
-def test_merges_do_not_lead_to_a_control_token(tmp_path: Path, model: str) -> None:
+def test_merges_do_not_lead_to_a_control_token(tmp_path: Path, model: str, whole: bool) -> None:
     """A vocabulary whose merges, or whose search, would spell the token from plain text."""
     texts = ["<unk>", "<s>", "<", "s", ">", "<s", "a"]
     if model == "Unigram":
@@ -132,7 +152,7 @@ def test_merges_do_not_lead_to_a_control_token(tmp_path: Path, model: str) -> No
         "decoder": {"type": "ByteLevel"},
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path, whole=whole)
     assert tokenizer.encode("a<s>", bos=False) == [6, 5, 4]
     assert tokenizer.encode("<s>", bos=False) == [5, 4], "the whole word is in the vocabulary"
     assert tokenizer.encode("a<s>", bos=False, control=True) == [6, 1]

@@ -19,17 +19,32 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from endside.checkpoint import Checkpoint, resolve, write_folder
 from endside.errors import UserError
-from endside.formats.hf_config import config_from_hf, config_to_hf, json_bytes, point_to_code
+from endside.formats.hf_config import (
+    EMBEDDING,
+    HEAD,
+    STORED,
+    Attention,
+    config_from_hf,
+    config_to_hf,
+    hf_name,
+    json_bytes,
+    point_to_code,
+    read_config,
+    with_attention,
+)
+from endside.formats.source import folder_source, is_low_bit, state_dict
+from endside.formats.weights import SAFE, companions
 from endside.model.config import ModelConfig
 from endside.model.transformer import Transformer
-from endside.ops.infllm.config import SparseConfig
 from endside.shards import TensorSource
+
+__all__ = ["config_from_hf", "load", "load_checkpoint", "read_config", "save", "with_attention"]
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +54,6 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-SAFE = {name: kind for kind, name in STORED.items()}
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
-# what is copied beside the weights: tokenizer, template, sampling defaults, the original's code
-COMPANIONS = (
-    "tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "generation_config.json", "*.py", "LICENSE*",
-)  # fmt: skip
-Attention = Literal["auto", "dense", "sparse"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +96,8 @@ def load_checkpoint(
     attention: Attention = "auto",
 ) -> Transformer:
     """The model of an opened folder (`load`)."""
+    if is_low_bit(checkpoint):
+        return _unpacked(checkpoint, dtype, device, context, attention)
     config = with_attention(read_config(checkpoint), attention)
     with torch.device("meta"):
         model = Transformer(config, context=context)
@@ -102,31 +109,29 @@ def load_checkpoint(
     return model
 
 
-def read_config(checkpoint: Checkpoint) -> ModelConfig:
-    """The model's shape; keys that were not used are logged."""
-    try:
-        config, ignored = config_from_hf(checkpoint.config)
-    except UserError as error:
-        raise UserError(f"{checkpoint.folder}: {error}") from error
-    if ignored:
-        log.info("ignored in %s: %s", checkpoint.folder / "config.json", ", ".join(ignored))
-    return config
+def _unpacked(
+    checkpoint: Checkpoint,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    context: int | None,
+    attention: Attention,
+) -> Transformer:
+    """The model of a folder in low bits, its weights unpacked: right, and as large as a plain one.
 
-
-def with_attention(config: ModelConfig, attention: Attention) -> ModelConfig:
-    """The config with attention as asked: as stored, dense, or sparse with the released sizes."""
-    if attention not in ("auto", "dense", "sparse"):
-        raise UserError(f"attention is {attention!r}: use auto, dense or sparse")
-    if attention == "dense":
-        return dataclasses.replace(config, sparse=None)
-    if attention == "sparse" and config.sparse is None:
-        return dataclasses.replace(config, sparse=SparseConfig())
-    return config
-
-
-def hf_name(name: str) -> str:
-    """The published name of one of our parameters."""
-    return name if name == HEAD else f"model.{name}"
+    dtype "auto" is what config.json names, else float32, in which every code is exact.
+    """
+    source = folder_source(checkpoint)
+    config = dataclasses.replace(with_attention(source.config, attention), mtp_layers=0)
+    with torch.device("meta"):
+        model = Transformer(config, context=context)
+    if dtype == "auto":
+        named = source.raw.get("dtype") or source.raw.get("torch_dtype")
+        dtype = named if named in DTYPES else "float32"
+    kind = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
+    if kind is None:
+        raise UserError(f"dtype is {dtype!r}: use auto, {', '.join(DTYPES)}")
+    model.load_state_dict(state_dict(source, kind, device), strict=True, assign=True)
+    return model
 
 
 def _places(checkpoint: Checkpoint, config: ModelConfig, model: Transformer) -> dict[str, Rows]:
@@ -240,11 +245,3 @@ def source(tensor: torch.Tensor, dtype: str, scale: float = 1.0) -> TensorSource
 def dtype_name(model: Transformer) -> str:
     """The dtype of the parameters, as config.json spells it."""
     return str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-
-
-def companions(folder: Path | None) -> dict[str, Path]:
-    """The files beside the weights that are copied as they are, by name."""
-    if folder is None:
-        return {}
-    found = {file for pattern in COMPANIONS for file in Path(folder).glob(pattern)}
-    return {file.name: file for file in sorted(found) if file.is_file()}

@@ -14,12 +14,15 @@ import logging
 import math
 import re
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from endside.errors import UserError
 from endside.model.config import ModelConfig
 from endside.ops.infllm.config import SparseConfig
 from endside.ops.rope.frequencies import RopeConfig, inverse_frequencies
+
+if TYPE_CHECKING:
+    from endside.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +31,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "quantization_config": (None,),
     "partial_rotary_factor": (1, None),
     "sliding_window": (None,),
     "num_experts": (0, None),
@@ -39,6 +41,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_output_norm": (False, None),
     "attn_use_output_gate": (False, None),
 }
+STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+Attention = Literal["auto", "dense", "sparse"]
+LOW_BITS = ("endside", "gptq", "awq")  # quant_methods that are read
 REMOTE = "openbmb/MiniCPM4-8B"  # whose code reads the configs we write without a base
 REMOTE_CLASSES = {
     "AutoConfig": "configuration_minicpm.MiniCPMConfig",
@@ -51,7 +58,49 @@ OWNED = {
     "scale_emb", "scale_depth", "dim_model_base", "mup_denominator",
 }  # fmt: skip
 ROPE_KINDS = {"su": "longrope"}  # an older name
+LARGEST = 1e30  # no number of a config comes near, and no product of a few overflows
 FIRST_BASE = 256  # dim_model_base, missing in the first MiniCPM4 release
+
+
+def hf_name(name: str) -> str:
+    """The published name of one of our parameters."""
+    return name if name == HEAD else f"model.{name}"
+
+
+def read_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The model's shape; keys that were not used are logged."""
+    try:
+        config, ignored = config_from_hf(checkpoint.config)
+    except UserError as error:
+        raise UserError(f"{checkpoint.folder}: {error}") from error
+    if ignored:
+        log.info("ignored in %s: %s", checkpoint.folder / "config.json", ", ".join(ignored))
+    return config
+
+
+def with_attention(config: ModelConfig, attention: Attention) -> ModelConfig:
+    """The config with attention as asked: as stored, dense, or sparse with the released sizes."""
+    if attention not in ("auto", "dense", "sparse"):
+        raise UserError(f"attention is {attention!r}: use auto, dense or sparse")
+    if attention == "dense":
+        return dataclasses.replace(config, sparse=None)
+    if attention == "sparse" and config.sparse is None:
+        return dataclasses.replace(config, sparse=SparseConfig())
+    return config
+
+
+def low_bits(raw: dict) -> dict[str, Any] | None:
+    """quantization_config when its method is one we read, None without; UserError for others."""
+    found = raw.get("quantization_config")
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if method not in LOW_BITS:
+        raise UserError(
+            f"config.json quantization_config has quant_method {_short(method)}, not supported: "
+            f"use an unquantized export, or one with quant_method {' or '.join(LOW_BITS)}"
+        )
+    return found
 
 
 class Reader:
@@ -73,7 +122,7 @@ class Reader:
         if value is None:
             return None
         fine = isinstance(value, int | float) and not isinstance(value, bool)
-        if not fine or not math.isfinite(value) or value <= 0:
+        if not fine or not 0 < value < LARGEST:
             raise UserError(
                 f"config.json {self.prefix}{key} is {value!r}: it must be a number above zero"
             )
@@ -116,7 +165,7 @@ class Reader:
         """A list of numbers, () when missing."""
         value = self.get(key, [])
         fine = isinstance(value, list) and all(
-            isinstance(f, int | float) and math.isfinite(f) and f > 0 for f in value
+            isinstance(f, int | float) and 0 < f < LARGEST for f in value
         )
         if not fine:
             raise UserError(f"config.json {self.prefix}{key} must be a list of numbers above zero")
@@ -173,7 +222,8 @@ def _model_type(reader: Reader) -> str:
     kind = reader.get("model_type")
     classes = reader.get("architectures", [])
     known = {"minicpm": "MiniCPMForCausalLM", "llama": "LlamaForCausalLM"}
-    if kind not in known or (classes and known[kind] not in classes):
+    fine = isinstance(kind, str) and kind in known and isinstance(classes, list)
+    if not fine or (classes and known[kind] not in classes):
         raise UserError(
             f"config.json names model_type {kind!r} with architectures {classes}, not supported: "
             "use a MiniCPM4 (minicpm) or Llama-family (llama) causal language model"
@@ -182,6 +232,8 @@ def _model_type(reader: Reader) -> str:
 
 
 def _refuse_unsupported(reader: Reader) -> None:
+    low_bits(reader.raw)
+    reader.used.add("quantization_config")
     for key, allowed in NEUTRAL.items():
         if key in reader.raw and reader.raw[key] not in allowed:
             raise UserError(
@@ -246,6 +298,8 @@ def _rope_from_hf(reader: Reader, longest: int) -> tuple[RopeConfig, list[str]]:
         raise UserError(f"config.json {key}.partial_rotary_factor is not supported: use 1")
     old = rope.get("type", "default")
     kind = rope.get("rope_type", old)
+    if not isinstance(kind, str):
+        raise UserError(f"config.json {key}.rope_type is {_short(kind)}: it must be a name")
     kind = ROPE_KINDS.get(kind, kind)
     values: dict[str, Any] = {"theta": float(theta), "kind": kind}
     if kind in ("llama3", "yarn", "longrope"):

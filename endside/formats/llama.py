@@ -46,14 +46,14 @@ def fold_tensors(model: Transformer, dtype: str) -> dict[str, TensorSource]:
     sources: dict[str, TensorSource] = {}
     for name, parameter in parameters.items():
         if not name.startswith("mtp."):
-            sources[hf_name(name)] = source(parameter, dtype, _factor(name, config))
+            sources[hf_name(name)] = source(parameter, dtype, factor(name, config))
     if config.tie_word_embeddings and not folded.tie_word_embeddings:
         sources[HEAD] = source(parameters["embed_tokens.weight"], dtype, 1 / config.logit_divisor)
     return sources
 
 
-def _factor(name: str, config: ModelConfig) -> float:
-    """What the parameter absorbs."""
+def factor(name: str, config: ModelConfig) -> float:
+    """What the parameter of that name is multiplied by."""
     if name == "embed_tokens.weight":
         return config.scale_emb
     if name == HEAD:
@@ -74,10 +74,7 @@ def save_llama(
 ) -> Path:
     """Write the folded model; any Llama implementation loads it. dtype None: as the parameters."""
     kind = dtype or dtype_name(model)
-    config: dict[str, Any] = config_to_hf(fold_config(model.config), base_config, dtype=kind)
-    if config["rope_scaling"] and model.config.rope.original:
-        # transformers 4 looks for it beside the table
-        config["original_max_position_embeddings"] = model.config.rope.original
+    config = llama_config(model.config, base_config, kind)
     files = {
         name: file for name, file in companions(tokenizer_files).items() if not name.endswith(".py")
     }
@@ -87,3 +84,12 @@ def save_llama(
         {"config.json": json_bytes(config), **files},
         overwrite=overwrite,
     )
+
+
+def llama_config(config: ModelConfig, base: dict | None, dtype: str) -> dict[str, Any]:
+    """The config.json of the folded model."""
+    found: dict[str, Any] = config_to_hf(fold_config(config), base, dtype=dtype)
+    if found["rope_scaling"] and config.rope.original:
+        # transformers 4 looks for it beside the table
+        found["original_max_position_embeddings"] = config.rope.original
+    return found

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -114,6 +114,9 @@ class PretrainConfig:
             )
 
 
+Config = TypeVar("Config", bound=PretrainConfig)
+
+
 def from_file(
     path: Path,
     overrides: Sequence[str] = (),
@@ -130,14 +133,16 @@ def from_file(
     return folder
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), kind: type[Config] = PretrainConfig
+) -> Config:
     """A configuration from TOML and overrides, with `model.preset` filled in."""
     data = configuration.override(configuration.read(path), overrides)
     model = data.get("model")
     if isinstance(model, dict) and "preset" in model:
-        shape = dataclasses.asdict(preset(model.pop("preset")))
-        data["model"] = _merge(shape, model)
-    return configuration.build(PretrainConfig, data, source=str(path))
+        base = dataclasses.asdict(preset(model.pop("preset")))
+        data["model"] = _merge(base, model)
+    return configuration.build(kind, data, source=str(path))
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -149,16 +154,23 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**base, **over, **nested}
 
 
-def main(cfg: PretrainConfig, run: RunFolder, *, export: Export | None = None) -> Transformer:
+def main(
+    cfg: Config,
+    run: RunFolder,
+    *,
+    make: Callable[[Config], Transformer] | None = None,
+    export: Export | None = None,
+) -> Transformer:
     """Train from the run's newest checkpoint to `cfg.steps`; returns the model.
 
-    export(model, folder) writes the result, to `<run>/model`, in whatever layout the caller wants.
+    make(cfg) gives the model before its first step (`make_model`). export(model, folder) writes the
+    result, to `<run>/model`, in whatever layout the caller wants.
     """
     cfg = resolve(cfg, run)
     packed = open_data(cfg, run.progress)
     run.fix(cfg, free=("run",))
     with deterministic(cfg):
-        model = make_model(cfg)
+        model = (make or make_model)(cfg)
         batches = Loader(packed, _loader(cfg))
         loop(model, batches, next_token(cfg.loss), cfg, run, evaluate=heldout(packed, cfg))
     model.eval()
@@ -167,20 +179,20 @@ def main(cfg: PretrainConfig, run: RunFolder, *, export: Export | None = None) -
     return model
 
 
-def resolve(cfg: PretrainConfig, run: RunFolder) -> PretrainConfig:
+def resolve(cfg: Config, run: RunFolder) -> Config:
     """`cfg` with what only the start of a run decides: threads, and the steps of a branch."""
     if dist.world().size > 1:
         raise UserError("pretrain uses one process in this version: start it without torchrun")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError('device is "cuda" but PyTorch finds no CUDA device: use device = "cpu"')
-    before = run.stored(PretrainConfig)
+    before = run.stored(type(cfg))
     if cfg.threads is None:
         threads = before.threads if before else torch.get_num_threads()
         cfg = dataclasses.replace(cfg, threads=threads)
     return _branch(cfg, run, before) if cfg.decay_from else cfg
 
 
-def _branch(cfg: PretrainConfig, run: RunFolder, before: PretrainConfig | None) -> PretrainConfig:
+def _branch(cfg: Config, run: RunFolder, before: Config | None) -> Config:
     if before is not None and any((run.path / "checkpoints").glob("step_*")):
         return dataclasses.replace(cfg, steps=before.steps)
     origin = read_checkpoint(Path(cfg.decay_from))
@@ -221,10 +233,14 @@ def open_data(cfg: PretrainConfig, progress: Progress | None = None) -> Packed:
 
 def make_model(cfg: PretrainConfig) -> Transformer:
     """The model with fresh muP weights drawn from `cfg.seed`."""
-    shape = cfg.model if cfg.attention == "sparse" else dataclasses.replace(cfg.model, sparse=None)
-    model = Transformer(shape)
+    model = Transformer(shape(cfg))
     model.init_weights(torch.Generator().manual_seed(cfg.seed))
     return model.to(cfg.device)
+
+
+def shape(cfg: PretrainConfig) -> ModelConfig:
+    """The model's shape, dense unless sparse attention is asked for."""
+    return cfg.model if cfg.attention == "sparse" else dataclasses.replace(cfg.model, sparse=None)
 
 
 def _loader(cfg: PretrainConfig) -> LoaderConfig:
@@ -270,7 +286,9 @@ def deterministic(cfg: PretrainConfig) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def measure_speed(cfg: PretrainConfig, *, seconds: float = 3.0) -> float:
+def measure_speed(
+    cfg: Config, *, make: Callable[[Config], Transformer] | None = None, seconds: float = 3.0
+) -> float:
     """Tokens per second of training steps on this machine, without a run folder.
 
     Two steps warm up; at least two are timed. Nothing is kept.
@@ -279,7 +297,7 @@ def measure_speed(cfg: PretrainConfig, *, seconds: float = 3.0) -> float:
 
     packed = open_data(cfg)
     with deterministic(cfg):
-        model = make_model(cfg)
+        model = (make or make_model)(cfg)
         batches, optimizer = Loader(packed, _loader(cfg)), make_optimizer(model, cfg.optim)
         loss_fn = next_token(cfg.loss)
         timed, begun = -2, time.monotonic()

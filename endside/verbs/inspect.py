@@ -1,18 +1,21 @@
 """`endside inspect MODEL`: the shape, what it costs, what will be used on this machine, and why.
 
-Reads headers only, except that a model's weights are never touched; a preset name such as
-`random:minicpm4-8b` is inspected without a file.
+Reads headers only: a model's weights are never touched, and a preset name such as
+`random:minicpm4-8b` is inspected without a file. The memory and the steps are those of `run` with
+the same flags; a context that cannot fit is refused here as it is there.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
+import tyro
 from tyro.conf import Positional
 
+from endside.engine.executors import Choice, Plan, choose, free_memory
 from endside.verbs import parse
 
 if TYPE_CHECKING:
@@ -25,12 +28,9 @@ class Inspect:
 
     model: Positional[str]
     """Local folder, hub name, or random:PRESET."""
-    context: int | None = None
-    """Context length to plan for, in tokens; default: the model's own maximum."""
-    attention: Literal["auto", "dense", "sparse"] = "auto"
-    """Plan for this attention; auto: what the checkpoint says."""
     json: bool = False
     """Print one JSON object."""
+    plan: Annotated[Plan, tyro.conf.arg(name="")] = field(default_factory=Plan)
 
 
 def main(argv: list[str]) -> None:
@@ -42,15 +42,18 @@ def main(argv: list[str]) -> None:
 
 def describe(flags: Inspect) -> dict[str, Any]:
     """Everything `inspect` knows about a model, as plain values; UserError for a bad model."""
+    from endside.formats.hf_config import with_attention
     from endside.model import flops
 
-    config, ignored, source, stored = _config(flags.model)
-    config = _with_attention(config, flags.attention)
-    context = flags.context or config.max_position_embeddings
+    model = _open(flags.model)
+    config = with_attention(model.config, flags.plan.attention)
+    choice = choose(flags.plan, config)
+    plan = _native(model, config, flags.plan) if choice.name == "native" else None
+    memory = _memory(config, flags.plan) if plan is None else plan["memory"]
+    context, width = memory["context"], 2
     counted = flops.parameters(config)
-    width = 2  # bytes per element of bf16, in which checkpoints are published
     return {
-        "model": source,
+        "model": model.source,
         "shape": _shape(config),
         "scales": {
             "embedding": config.scale_emb,
@@ -60,41 +63,90 @@ def describe(flags: Inspect) -> dict[str, Any]:
         "positions": {"kind": config.rope.kind, "theta": config.rope.theta,
                       "maximum": config.max_position_embeddings},
         "parameters": {**asdict(counted), "total": counted.total},
-        "memory": {
-            "context": context,
-            "weights_bytes": counted.total * width,
-            "cache_bytes": int(flops.cache_bytes_per_token(config, width) * context),
-            "machine_bytes": _machine_bytes(),
-        },
+        "memory": memory,
         "per_token": {
             "decode_bytes": int(flops.decode_bytes(config, context, width)),
             "forward_flops": int(flops.forward_flops(config, context)),
-        },
-        "attention": _attention(config, context, flags.attention, stored),
-        "executor": _executor(),
-        "ignored_keys": ignored,
+        } if plan is None else plan["per_token"],
+        "attention": _attention(config, context, flags.plan.attention, model.sparse),
+        "executor": _executor(choice, plan),
+        "steps": [] if plan is None else plan["steps"],
+        "ignored_keys": model.ignored,
     }  # fmt: skip
 
 
-def _config(model: str) -> tuple[ModelConfig, list[str], str, dict[str, Any]]:
-    """The shape, keys that were ignored, where it comes from, and the stored sparse_config."""
+@dataclass(frozen=True)
+class _Model:
+    """A model's shape, where it comes from, and what else its files say about it."""
+
+    config: ModelConfig
+    source: str
+    ignored: list[str]  # keys of config.json
+    sparse: dict[str, Any]  # sparse_config as stored
+    low_bits: str = "none"
+    dtype: str = "BF16"  # of float weights
+
+
+def _open(model: str) -> _Model:
     if model.startswith("random:"):
         from endside.model.presets import preset
 
-        return preset(model.removeprefix("random:")), [], model, {}
+        return _Model(preset(model.removeprefix("random:")), model, [], {})
     from endside.checkpoint import Checkpoint, resolve
-    from endside.formats.hf import config_from_hf
+    from endside.engine.executors.native_plan import float_type, low_bits
+    from endside.formats.hf_config import config_from_hf
 
-    folder = resolve(model)
-    raw = Checkpoint.open(folder).config
-    config, ignored = config_from_hf(raw)
-    return config, ignored, str(folder), raw.get("sparse_config") or {}
+    checkpoint = Checkpoint.open(resolve(model))
+    config, ignored = config_from_hf(checkpoint.config)
+    sparse = checkpoint.config.get("sparse_config") or {}
+    source = str(checkpoint.folder)
+    return _Model(config, source, ignored, sparse, low_bits(checkpoint), float_type(checkpoint))
 
 
-def _with_attention(config: ModelConfig, attention: str) -> ModelConfig:
-    from endside.formats.hf import with_attention
+def _native(model: _Model, config: ModelConfig, plan: Plan) -> dict[str, Any]:
+    """What the native executor would take; UserError where that cannot fit."""
+    from endside.engine.executors.native_plan import choose_context, recipe, thread_count
+    from endside.model import flops
 
-    return with_attention(config, attention)
+    found = choose_context(config, plan, recipe(plan, model.low_bits), model.dtype)
+    kept = {"f16": 2, "bf16": 2, "int8": 1}[found.cache_type]
+    weights = sum(found.weights.values())
+    length = found.context
+    keys = flops.decode_bytes(config, length, kept) - flops.decode_bytes(config, 0, kept)
+    return {
+        "memory": {
+            "context": length,
+            "weights": found.weights,
+            "weights_bytes": weights,
+            "cache_bytes": found.working["cache"],
+            "cache_bytes_per_token": found.cache_per_token,
+            "working": found.working,
+            "total_bytes": found.total,
+            "free_bytes": free_memory(),
+            "machine_bytes": _machine_bytes(),
+        },
+        "per_token": {
+            "decode_bytes": int(weights + keys),
+            "forward_flops": int(flops.forward_flops(config, length)),
+        },
+        "threads": thread_count(plan.threads),
+        "steps": list(found.steps),
+        "weights": found.recipe.name,
+        "cache": found.cache_type,
+    }
+
+
+def _memory(config: ModelConfig, plan: Plan) -> dict[str, Any]:
+    """Weights and cache in bfloat16, in which checkpoints are published."""
+    from endside.model import flops
+
+    context, width = plan.context or config.max_position_embeddings, 2
+    return {
+        "context": context,
+        "weights_bytes": flops.parameters(config).total * width,
+        "cache_bytes": int(flops.cache_bytes_per_token(config, width) * context),
+        "machine_bytes": _machine_bytes(),
+    }
 
 
 def _shape(config: ModelConfig) -> dict[str, Any]:
@@ -132,15 +184,13 @@ def _origin(key: str, stored: dict[str, Any]) -> str:
     return "stored in sparse_config" if key in stored else "the default, as none is stored"
 
 
-def _executor() -> dict[str, str]:
-    import torch
-
+def _executor(choice: Choice, plan: dict[str, Any] | None) -> dict[str, Any]:
     from endside import native
 
-    if torch.cuda.is_available():
-        return {"name": "torch", "device": "cuda", "why": "a CUDA device is there",
-                "native": native.status()}  # fmt: skip
-    return {"name": "torch", "device": "cpu", "why": "no CUDA device", "native": native.status()}
+    found = {**asdict(choice), "native": native.status()}
+    if plan is None:
+        return found
+    return {**found, "threads": plan["threads"], "weights": plan["weights"], "cache": plan["cache"]}
 
 
 def _machine_bytes() -> int:
@@ -148,10 +198,8 @@ def _machine_bytes() -> int:
 
 
 def _table(report: dict[str, Any]) -> str:
-    memory, per_token, attention = report["memory"], report["per_token"], report["attention"]
+    per_token, attention = report["per_token"], report["attention"]
     shape = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in report["shape"].items())
-    needed = memory["weights_bytes"] + memory["cache_bytes"]
-    fits = "fits" if needed < memory["machine_bytes"] else "does NOT fit"
     rows = {
         "model": report["model"],
         "shape": shape,
@@ -160,16 +208,44 @@ def _table(report: dict[str, Any]) -> str:
             **report["positions"]
         ),
         "parameters": f"{report['parameters']['total'] / 1e6:,.1f} M",
-        "memory": f"weights {_gib(memory['weights_bytes'])} + cache {_gib(memory['cache_bytes'])} "
-        f"at {memory['context']:,} tokens (bf16): {fits} in {_gib(memory['machine_bytes'])}",
+        **_memory_rows(report["memory"]),
         "per token": f"{per_token['decode_bytes'] / 1e6:,.1f} MB read, "
         f"{per_token['forward_flops'] / 1e9:,.2f} GFLOP at that context",
         "attention": ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in attention.items()),
-        "executor": "{name} on {device} ({why}); {native}".format(**report["executor"]),
+        "executor": _executor_row(report["executor"]),
         "ignored keys": ", ".join(report["ignored_keys"]) or "none",
     }
-    return "\n".join(f"{name:<12} {text}" for name, text in rows.items())
+    lines = [f"{name:<12} {text}" for name, text in rows.items()]
+    names = ["one step", *[""] * len(report["steps"])]
+    return "\n".join(lines + [f"{name:<12} {step}" for name, step in zip(names, report["steps"])])
+
+
+def _memory_rows(memory: dict[str, Any]) -> dict[str, str]:
+    weights, cache = memory["weights_bytes"], memory["cache_bytes"]
+    context = f"at {memory['context']:,} tokens"
+    if "working" not in memory:
+        fits = "fits" if weights + cache < memory["machine_bytes"] else "does NOT fit"
+        text = f"weights {_gib(weights)} + cache {_gib(cache)} {context} (bf16): {fits} in "
+        return {"memory": text + _gib(memory["machine_bytes"])}
+    parts = {**memory["weights"], **{k: v for k, v in memory["working"].items() if k != "cache"}}
+    return {
+        "memory": f"{_gib(memory['total_bytes'])} {context}, of {_gib(memory['free_bytes'])} free: "
+        f"weights {_gib(weights)}, cache {_gib(cache)}",
+        "cache": f"{memory['cache_bytes_per_token']:,} bytes per token",
+        "in detail": ", ".join(f"{name} {_mib(count)}" for name, count in parts.items()),
+    }
+
+
+def _executor_row(found: dict[str, Any]) -> str:
+    text = f"{found['name']} on {found['device']} ({found['why']}); {found['native']}"
+    if "threads" not in found:
+        return text
+    return f"{text}; threads {found['threads']}, weights {found['weights']}, cache {found['cache']}"
 
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

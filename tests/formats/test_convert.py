@@ -98,7 +98,13 @@ def test_dtype_is_rounded_once_and_said(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"to": "gguf"}, "--to is 'gguf': use hf, llama or endside"),
+        ({"to": "onnx"}, "--to is 'onnx': use hf, llama, gptq, gguf, endside"),
+        ({"to": "gguf"}, "must end in .gguf"),
+        ({"to": "gguf", "type": "int4"}, "--type is 'int4': --to gguf takes auto, f32"),
+        ({"to": "hf", "type": "int4"}, "--type is 'int4': --to hf takes auto"),
+        ({"to": "endside", "type": "int4", "group": 2}, "--group is 2"),
+        ({"to": "gptq"}, "no codes to keep: name the type"),
+        ({"to": "endside", "type": "ternary"}, "is not ternary"),
         ({"to": "hf", "dtype": "int4"}, "--dtype is 'int4'"),
     ],
 )

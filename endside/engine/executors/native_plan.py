@@ -1,0 +1,210 @@
+"""What the native executor will take before anything is loaded: bytes by part, and the steps.
+
+Weights, cache and scratch are all known from the shape, so a context either fits or is refused
+with the largest one that would. The embedding of a checkpoint stays where it is on the disk:
+mapped, and only the rows of tokens that occur are ever in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from endside.engine.executors import default_context, free_memory
+from endside.engine.executors.native_weights import (
+    Recipe,
+    join,
+    matrices,
+    native_shape,
+    native_sparse,
+    norms,
+)
+from endside.errors import UserError
+from endside.formats.hf_config import EMBEDDING
+from endside.native.model import CHUNK, Limits, Model
+
+if TYPE_CHECKING:
+    from endside.checkpoint import Checkpoint
+    from endside.engine.executors import Plan
+    from endside.model.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+ROWS, TREES = 512, 64  # rows of one call, and of its draft trees, at most
+SPARE = 64 << 20  # bytes left to the interpreter, the tokenizer and logits
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part for one context length."""
+
+    context: int
+    capacity: int  # tokens of all sequences
+    recipe: Recipe
+    cache_type: str
+    weights: dict[str, int]
+    working: dict[str, int]  # cache, activations, …: what the core allocates
+    cache_per_token: int
+    steps: tuple[str, ...]  # of one decode call, in order
+
+    @property
+    def total(self) -> int:
+        """Everything that must fit."""
+        return sum(self.weights.values()) + sum(self.working.values()) + SPARE
+
+
+def recipe(plan: Plan, stored: str = "none") -> Recipe:
+    """The low bits that a plan asks for; `stored`: those of a low-bit checkpoint's blocks."""
+    if "none" not in (plan.quant, stored) and plan.quant != stored:
+        raise UserError(
+            f"quant {plan.quant} is asked for, but the weights are stored as {stored}: "
+            "leave --quant out, or quantize the original model"
+        )
+    body = plan.quant if stored == "none" else stored
+    usual = {"none": "none", "int8": "int8", "int4": "int4", "ternary": "int8"}[body]
+    return Recipe(body, usual if plan.head == "auto" else plan.head, plan.group)
+
+
+def limits(plan: Plan, context: int, threads: int) -> Limits:
+    """Sizes of the core's buffers. Each sequence may leave one chunk partly empty."""
+    chunks = -(-(plan.capacity or context) // CHUNK) + plan.max_batch - 1
+    return Limits(rows=ROWS, trees=TREES, context=context, chunks=chunks, threads=threads)
+
+
+def cache_type(plan: Plan) -> str:
+    """auto: half precision, whose error is far below that of any 4-bit weight."""
+    return "f16" if plan.kv == "auto" else plan.kv
+
+
+def memory(
+    config: ModelConfig, plan: Plan, recipe: Recipe, *, stored: str, context: int, threads: int
+) -> Memory:
+    """Bytes for one context length. stored: safetensors dtype of float weights."""
+    shapes = {
+        one.name: recipe.bits(one.name, stored).shape(one.height, one.columns)
+        for one in matrices(config)
+    }
+    bounds = limits(plan, context, threads)
+    empty = join(config, context, shapes, dict.fromkeys(norms(config)), None)
+    how = {"sparse": native_sparse(config), "cache": cache_type(plan), "limits": bounds}
+    taken = Model.memory(native_shape(config), empty, **how)
+    parts = {"attention": ("qkv", "output"), "feed-forward": ("gate_up", "down")}
+    weights = {
+        part: sum(one.nbytes for name, one in shapes.items() if name.endswith(ends))
+        for part, ends in parts.items()
+    }
+    weights["head"] = shapes["head"].nbytes
+    weights["norms"] = 4 * config.hidden_size * len(norms(config))
+    return Memory(
+        context=context,
+        capacity=bounds.chunks * CHUNK,
+        recipe=recipe,
+        cache_type=cache_type(plan),
+        weights=weights,
+        working=taken,
+        cache_per_token=taken["cache"] // (bounds.chunks * CHUNK),
+        steps=tuple(Model.steps(native_shape(config), empty, **how)),
+    )
+
+
+def low_bits(checkpoint: Checkpoint) -> str:
+    """The kind of a low-bit checkpoint's blocks, "none" for a plain one."""
+    found = checkpoint.config.get("quantization_config")
+    if not found:
+        return "none"
+    return found.get("kind") or {2: "ternary", 4: "int4", 8: "int8"}.get(found.get("bits"), "int4")
+
+
+def float_type(checkpoint: Checkpoint) -> str:
+    """The safetensors dtype of the weights that are stored as floats."""
+    found = checkpoint.tensors.get(EMBEDDING)
+    return "BF16" if found is None else found.dtype
+
+
+def choose_context(config: ModelConfig, plan: Plan, asked: Recipe, dtype: str) -> Memory:
+    """The plan for the context given, or for what suits model and machine; UserError: too long."""
+    threads = thread_count(plan.threads)
+
+    def plan_for(context: int) -> Memory:
+        return memory(config, plan, asked, stored=dtype, context=context, threads=threads)
+
+    context, longest = plan.context, config.max_position_embeddings
+    if context is None:
+        context = default_context(longest, plan_for(CHUNK).cache_per_token, free_memory())
+        context = min(context, plan.capacity or context)
+    elif context > longest and config.rope.kind == "default":
+        raise UserError(
+            f"context {context:,} is longer than the {longest:,} tokens this model knows: "
+            "lower --context, or add rope_scaling to its config.json"
+        )
+    elif context > longest:
+        log.warning("context %d is beyond max_position_embeddings %d", context, longest)
+    return check_fits(plan_for, context, free_memory())
+
+
+def check_fits(plan_for: Callable[[int], Memory], context: int, free: int) -> Memory:
+    """The memory of a context; UserError names the largest that fits where this one does not.
+
+    plan_for: context -> its Memory.
+    """
+    wanted = plan_for(context)
+    if wanted.total <= free:
+        return wanted
+    largest = _largest(plan_for, context, free)
+    weights, cache = sum(wanted.weights.values()), wanted.working["cache"]
+    fix = (
+        f"the largest context that fits is {largest:,}: give it as --context"
+        if largest
+        else "not even a short context fits: use fewer bits (--quant int4) or a smaller model"
+    )
+    raise UserError(
+        f"a context of {context:,} tokens needs {gib(wanted.total)} (weights {gib(weights)}, "
+        f"cache {gib(cache)}, the rest {gib(wanted.total - weights - cache)}) "
+        f"and {gib(free)} are free here; {fix}"
+    )
+
+
+def _largest(plan_for: Callable[[int], Memory], context: int, free: int) -> int:
+    """The most tokens, in whole chunks, that fit; 0 where one chunk does not."""
+    low, high = 0, -(-context // CHUNK)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if plan_for(middle * CHUNK).total <= free:
+            low = middle
+        else:
+            high = middle
+    return low * CHUNK
+
+
+def gib(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB"
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, a core with several hardware threads counted once."""
+    mine = usable_threads()
+    cores = set()
+    for cpu in mine:
+        place = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(place.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))
+
+
+def usable_threads() -> set[int]:
+    """Numbers of the hardware threads that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def thread_count(asked: int | None) -> int:
+    """--threads, or one per physical core."""
+    return asked or physical_cores()
