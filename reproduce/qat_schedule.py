@@ -188,7 +188,12 @@ def plot(runs: list[Run], path: Path, note: str) -> None:
 
 
 def steps_that_fit(work: Path, minutes: float) -> int:
-    """The budget in steps with which the sweep takes about `minutes`, two runs at a time."""
+    """The budget in steps with which the sweep takes about `minutes`, two runs at a time.
+
+    A sweep that was begun in `work` goes on with its own.
+    """
+    for before in work.glob("steps-*"):
+        return int(before.name.removeprefix("steps-"))
     cfg = low_bits(config(work, 1000), 1000, "", FIRST, seed=0)
     speed = pretrain.measure_speed(cfg, make=qat.make_model, seconds=8.0)
     return max(50, int(0.8 * minutes * 60 * 2 / RUNS * speed / (cfg.batch * cfg.seq_len)))

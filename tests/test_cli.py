@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from endside import cli, native
+from endside import cli, native, verbs
 from endside.formats import hf
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
 from endside.tokenizer import train_bpe
+from endside.verbs import run
 
 needs_core = pytest.mark.skipif(not native.available_isas(), reason="no native core here")
 TEXT = ["the quick brown fox jumps over the lazy dog, again and again. " * 40]
@@ -90,7 +91,16 @@ def test_inspect_prints_the_native_plan(model: Path, capsys: pytest.CaptureFixtu
     flags = ("--quant", "int4", "--context", "2048", "--threads", "1")
     code, out, _ = _run(capsys, "inspect", "random:minicpm4-0.5b", *flags)
     assert code == 0
-    for said in ("int4-g128-head-int4", "threads 1", "bytes per token", "head ", "one step", "qkv"):
+    for said in (
+        "int4-g128-head-int4",
+        "threads 1",
+        "bytes per token",
+        "head weights",
+        "attention weights",
+        "attention's scratch",
+        "one step",
+        "qkv",
+    ):
         assert said in out, f"{said!r} is not in:\n{out}"
     code, out, _ = _run(capsys, "inspect", "random:minicpm4-0.5b", *flags, "--json")
     report = json.loads(out)
@@ -120,6 +130,41 @@ def test_a_context_that_cannot_fit_is_refused_with_the_largest(
     monkeypatch.setattr("endside.engine.executors.native_plan.free_memory", lambda: 70 * 2**20)
     code, _, err = _run(capsys, "run", model, "a", "--context", "200000")
     assert code == 2 and "the largest context that fits" in err, err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["m", "text"], ["--json", "m", "two words", "--max-tokens", "5", "--stats"],
+        ["m", "--stop", "a", "--stop", "b", "--temperature", "0.5", "--file", "x/y.txt"],
+        ["m", "--quant", "int4", "--group", "32", "--context", "1_000", "--seed", "0"],
+    ],
+)  # fmt: skip
+def test_plain_lines_are_read_as_tyro_reads_them(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = verbs.parse(run.Run, argv, "run")
+    assert quick == verbs._plain(run.Run, argv)
+
+    def never(*_: object) -> object:
+        raise verbs._NotPlain
+
+    monkeypatch.setattr(verbs, "_plain", never)
+    assert verbs.parse(run.Run, argv, "run") == quick
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [], ["-h"], ["m", "--help"], ["m", "a", "b"], ["m", "--model", "x"], ["m", "--nothing"],
+        ["m", "--max-tokens"], ["m", "--max-tokens", "x"], ["m", "--max-tokens=5"],
+        ["m", "--max-tokens", "1", "--max-tokens", "2"], ["m", "--max_tokens", "1"],
+        ["m", "--top-k", "-1"], ["m", "--quant", "int5"], ["m", "--seed", "None"], ["m", "-x"],
+    ],
+)  # fmt: skip
+def test_everything_else_is_left_to_tyro(argv: list[str]) -> None:
+    with pytest.raises(verbs._NotPlain):
+        verbs._plain(run.Run, argv)
 
 
 BAD = {

@@ -177,7 +177,7 @@ def test_a_tokenizer_of_another_model_is_refused(pieces: Path) -> None:
 
 
 def test_user_defined_pieces_of_foreign_files(pieces: Path, tmp_path: Path) -> None:
-    """llama.cpp's converter marks SentencePiece's own symbols; the original does not cut at them."""
+    """llama.cpp's converter marks SentencePiece's symbols; the original does not cut at them."""
     before = Tokenizer.load(pieces)
     keys = as_read(to_keys(paths(pieces), before.vocab_size)[0])
     at = keys[f"{PREFIX}tokens"].index("<h2>")

@@ -92,6 +92,21 @@ def test_short_texts_do_without_the_whole_model(
     assert "_head" in vars(quick)
 
 
+def test_merges_of_bytes_act_on_short_texts_too(tmp_path: Path) -> None:
+    """Pieces that stand for bytes do not show in the text, nor do the merges between them."""
+    names = ["<unk>", "a", "<0x0A>", "<0x0A><0x0A>"]
+    made = {
+        "type": "BPE", "vocab": {text: at for at, text in enumerate(names)},
+        "merges": [["<0x0A>", "<0x0A>"]], "unk_token": "<unk>", "byte_fallback": True,
+    }  # fmt: skip
+    spec = {"version": "1.0", "model": made, "added_tokens": [],
+            "decoder": {"type": "ByteFallback"}}  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    for whole in (True, False):
+        tokenizer = Tokenizer.load(tmp_path, whole=whole)
+        assert tokenizer.encode("a\n\n\n", bos=False) == [1, 3, 2]
+
+
 def test_control_tokens_have_the_published_ids(published: Tokenizer, oracle) -> None:
     for text in strings(1, 300, PARTS + CONTROL):
         wanted = oracle.encode(text, add_special_tokens=False).ids

@@ -99,7 +99,7 @@ class Bench:
         if native is None:
             return self.expected(tokens)
         ids = self._tokens(tokens)
-        pieces = [ids[start : start + ROWS - 1] for start in range(0, tokens, ROWS)]
+        pieces = [ids[start : start + ROWS] for start in range(0, tokens, ROWS)]
         seen = np.concatenate([native.visible(self._seq, piece) for piece in pieces], axis=1)
         self._forget()
         return Sight(float(seen.mean()), self.depth + (tokens + 1) / 2)

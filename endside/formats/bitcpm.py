@@ -75,4 +75,4 @@ def _pack(weight: np.ndarray, group: int, bf16: bool) -> QuantizedLinear | None:
     peak = np.abs(blocks).max(-1).astype(np.float32)
     scales = float_to_bf16(peak) if bf16 else peak.astype(np.float16)
     linear = QuantizedLinear("ternary", (np.sign(weight) + 1).astype(np.uint8), scales, None, group)
-    return linear
+    return linear if np.array_equal(linear.scales_float(), peak) else None

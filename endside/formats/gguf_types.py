@@ -28,7 +28,7 @@ import numpy as np
 from endside.errors import UserError
 from endside.quant.pack import QuantizedLinear, bf16_to_float, float_to_bf16
 
-CHUNK = 1 << 16  # blocks decoded at a time
+CHUNK = 1 << 16  # blocks decoded or encoded at a time
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,11 @@ def encode_floats(weights: np.ndarray, kind: str) -> np.ndarray:
     if kind == "BF16":
         return float_to_bf16(values).view(np.uint8)
     blocks = values.reshape(-1, 32)
-    return (_to_q8_0 if kind == "Q8_0" else _to_q4_0)(blocks)
+    encode = _to_q8_0 if kind == "Q8_0" else _to_q4_0
+    raw = np.empty((len(blocks), TYPES[kind].bytes), np.uint8)
+    for at in range(0, len(blocks), CHUNK):
+        raw[at : at + CHUNK] = encode(blocks[at : at + CHUNK])
+    return raw
 
 
 def _to_q8_0(blocks: np.ndarray) -> np.ndarray:

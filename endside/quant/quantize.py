@@ -44,12 +44,12 @@ from endside.model.transformer import Transformer
 from endside.ops.cross_entropy.reference import cross_entropy
 from endside.ops.rmsnorm import rmsnorm
 from endside.quant import report
-from endside.quant.calibrate import Moments, watched
+from endside.quant.calibrate import FIRST, Moments, watched
 from endside.quant.gptq import gptq, relative_error, values
 from endside.quant.pack import QuantizedLinear, Scheme, round_to_nearest, to_arrays
 from endside.quant.rotate import Rotation, rotate_block, rotation
 from endside.quant.smooth import SITES, smooth
-from endside.quant.stream import Workplace, array_source, tensor_source
+from endside.quant.stream import States, Workplace, array_source, tensor_source
 from endside.shards import TensorSource
 
 ROWS = 8192  # of an embedding that are turned at a time
@@ -102,7 +102,7 @@ class Target:
     folder: Path
     describe: Callable[[ModelConfig], dict[str, Any]]
     files: Mapping[str, bytes | Path]  # tokenizer and the like, written beside the weights
-    identity: str = ""  # of the source: a resumed pass must read the same
+    identity: str  # of the source: a pass is resumed only where it reads the same
     overwrite: bool = False
 
 
@@ -110,7 +110,9 @@ def quantize(
     model: Transformer, recipe: Recipe, texts: Texts, target: Target, progress: Progress
 ) -> report.Report:
     """Write the quantized model and its report to `target.folder`; consumes `model`'s layers."""
-    _check(model, recipe, texts)
+    _check(model, recipe, texts, target)
+    if model.config.mtp_layers:
+        progress.note("the multi-token prediction layer is left out")
     plan = {
         "recipe": asdict(recipe), "source": target.identity,
         "calibration": _digest(texts.calibration), "heldout": _digest(texts.heldout),
@@ -134,7 +136,14 @@ def quantize(
     return made
 
 
-def _check(model: Transformer, recipe: Recipe, texts: Texts) -> None:
+def _check(model: Transformer, recipe: Recipe, texts: Texts, target: Target) -> None:
+    """Everything that can be known before the first layer."""
+    if target.folder.is_file():
+        raise UserError(f"{target.folder} is a file: give the name of a new folder")
+    if target.folder.exists() and any(target.folder.iterdir()) and not target.overwrite:
+        raise UserError(f"{target.folder} already holds files: give a new folder, or --overwrite")
+    if recipe.rotate:
+        rotation(model.config.hidden_size)
     if recipe.needs_text and texts.calibration is None:
         raise UserError(f"--method {recipe.method} with these steps needs calibration text")
     if texts.calibration is not None and texts.calibration.shape[1] <= recipe.left_out:
@@ -207,7 +216,7 @@ class _Pass:
             return None
         last = self.config.num_hidden_layers
         heads = {name: self._head(turned) for name, turned in (("before", False), ("after", True))}
-        losses, apart = {"before": 0.0, "after": 0.0}, 0.0
+        losses, gaps = {"before": 0.0, "after": 0.0}, []
         streams = (self._states(last, name).read(1) for name in heads)
         for before, after, tokens in zip(*streams, self.heldout, strict=True):
             logs = {}
@@ -215,11 +224,11 @@ class _Pass:
                 logits = self._logits(states[0], *heads[name])
                 losses[name] += cross_entropy(logits, tokens[1:]).item()
                 logs[name] = logits.log_softmax(-1)
-            gap = logs["before"].exp() * (logs["before"] - logs["after"])
-            apart += gap.sum(-1).mean().item()
-        rows = len(self.heldout)
+            gaps.append((logs["before"].exp() * (logs["before"] - logs["after"])).sum(-1))
+        apart, rows = torch.stack(gaps), len(self.heldout)
         perplexities = (math.exp(loss / rows) for loss in losses.values())
-        return report.Heldout(*perplexities, apart / rows, rows * (len(tokens) - 1))
+        later = apart[:, FIRST:].mean().item() if apart.shape[1] > FIRST else math.nan
+        return report.Heldout(*perplexities, apart.mean().item(), later, apart.numel())
 
     def _start(self) -> None:
         """The embedded text of each stream."""
@@ -314,7 +323,7 @@ class _Pass:
     def _advance(self, block: Block, layer: int, stream: str) -> None:
         self._states(layer + 1, stream).write(self._run(block, layer, stream))
 
-    def _states(self, layer: int, stream: str) -> Any:
+    def _states(self, layer: int, stream: str) -> States:
         shape = (*self.streams[stream].shape, self.config.hidden_size)
         return self.work.states(layer, stream, shape)
 

@@ -18,11 +18,15 @@ WORST = 5  # projections a summary names
 
 @dataclass(frozen=True)
 class Heldout:
-    """What held-out text says. apart: mean KL of the rounded model's distribution, nats a token."""
+    """What held-out text says. apart: mean KL of the rounded model's distribution, nats a token.
+
+    apart_later: the same without the first 4 positions of each row, which P-GPTQ gives up.
+    """
 
     perplexity_before: float
     perplexity_after: float
     apart: float
+    apart_later: float
     tokens: int
 
     @property

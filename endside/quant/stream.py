@@ -59,7 +59,8 @@ class Workplace:
         self._lock.close()
 
     def discard(self) -> None:
-        """Remove the folder; the pass is over."""
+        """Remove the folder; the pass is over. The plan goes first, so that a half is no pass."""
+        (self.folder / "plan.json").unlink()
         shutil.rmtree(self.folder)
 
     def finish(

@@ -12,21 +12,22 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-from tyro.conf import Positional
-
 from endside.engine.executors import Choice, Plan, choose, free_memory
-from endside.verbs import parse
+from endside.verbs import lazily, parse
 
 if TYPE_CHECKING:
+    import tyro
+
     from endside.model.config import ModelConfig
+else:
+    tyro = lazily("tyro")
 
 
 @dataclass(frozen=True)
 class Inspect:
     """Architecture, parameters, memory plan and the features that will be used."""
 
-    model: Positional[str]
+    model: tyro.conf.Positional[str]
     """Local folder, hub name, or random:PRESET."""
     json: bool = False
     """Print one JSON object."""
@@ -227,7 +228,9 @@ def _memory_rows(memory: dict[str, Any]) -> dict[str, str]:
         fits = "fits" if weights + cache < memory["machine_bytes"] else "does NOT fit"
         text = f"weights {_gib(weights)} + cache {_gib(cache)} {context} (bf16): {fits} in "
         return {"memory": text + _gib(memory["machine_bytes"])}
-    parts = {**memory["weights"], **{k: v for k, v in memory["working"].items() if k != "cache"}}
+    parts = {f"{name} weights": count for name, count in memory["weights"].items()}
+    scratch = {"activations": "activations", "attention": "attention's scratch", "trees": "trees"}
+    parts |= {scratch.get(k, k): v for k, v in memory["working"].items() if k != "cache"}
     return {
         "memory": f"{_gib(memory['total_bytes'])} {context}, of {_gib(memory['free_bytes'])} free: "
         f"weights {_gib(weights)}, cache {_gib(cache)}",

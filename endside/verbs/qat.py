@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -61,5 +62,8 @@ def write_packed(model: Any, folder: Path, scheme: Any, tokenizer: str = "") -> 
     def describe(config: Any) -> dict[str, Any]:
         return config_to_hf(config, dtype=hf.dtype_name(model))
 
-    target = Target(folder, describe, files, overwrite=True)
+    digest = sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    target = Target(folder, describe, files, digest.hexdigest(), overwrite=True)
     quantize(model, Recipe(scheme, "rtn"), Texts(), target, Progress())

@@ -14,27 +14,26 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-from tyro.conf import Positional
-
 from endside.engine.executors import Plan
 from endside.engine.request import SamplingConfig
 from endside.errors import UserError
-from endside.verbs import parse
+from endside.verbs import lazily, parse
 
 if TYPE_CHECKING:
-    from endside.api import LLM, Generation, Stream
+    import tyro
 
-Unnamed = tyro.conf.arg(name="")
+    from endside.api import LLM, Generation, Stream
+else:
+    tyro = lazily("tyro")
 
 
 @dataclass(frozen=True)
 class Run:
     """Generate, or chat interactively without a prompt."""
 
-    model: Positional[str]
+    model: tyro.conf.Positional[str]
     """Local folder or hub name."""
-    prompt: Positional[str | None] = None
+    prompt: tyro.conf.Positional[str | None] = None
     """Text to answer or continue; without it, what is piped in, else a chat."""
     file: Path | None = None
     """Read the prompt from this file."""
@@ -52,8 +51,10 @@ class Run:
     """Print speed and memory to stderr at the end."""
     json: bool = False
     """Print one JSON object instead of the text."""
-    sampling: Annotated[SamplingConfig, Unnamed] = field(default_factory=SamplingConfig)
-    plan: Annotated[Plan, Unnamed] = field(default_factory=Plan)
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(
+        default_factory=SamplingConfig
+    )
+    plan: Annotated[Plan, tyro.conf.arg(name="")] = field(default_factory=Plan)
 
 
 def main(argv: list[str]) -> None:

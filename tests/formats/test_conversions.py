@@ -342,3 +342,27 @@ def test_zero_biases_are_ignored_and_others_refused(tmp_path: Path) -> None:
     assert weights(tmp_path / "zero").keys() == weights(folder).keys()
     with pytest.raises(UserError, match="bias that is not zero"):
         open_source(tmp_path / "one")
+
+
+def test_ternary_is_looked_for_in_every_row() -> None:
+    """One odd weight far down counts, and so does a scale that 16 bits do not hold."""
+    from endside.formats.bitcpm import detect, to_ternary
+
+    weight = np.tile(np.array([0.5, 0, -0.5, 0.5], np.float32), (200, 16))
+    assert detect(weight) == 64
+    odd = weight.copy()
+    odd[150, 7] = 0.25
+    assert detect(odd) is None and to_ternary(odd) is None
+    odd[150] *= 3  # another scale for the row is fine
+    odd[150, 7] = 0
+    assert detect(odd) == 64
+    assert to_ternary(weight * np.float32(1.0001)) is None
+    assert to_ternary(float_to_bf16(weight * 1e-30)) is not None
+
+
+def test_smaller_groups_of_asymmetric_codes_are_rounded(tmp_path: Path) -> None:
+    """Zeros of its own have no place in a symmetric scheme, whatever the groups."""
+    folder = awq_folder(tmp_path / "awq")
+    report = convert(folder, tmp_path / "e", to="endside", type="int4", group=16)
+    assert Checkpoint.open(tmp_path / "e").config["quantization_config"]["sym"] is True
+    assert 0.01 < report.loss.worst_error < 0.2

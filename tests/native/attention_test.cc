@@ -1,6 +1,6 @@
-// Attention over the cache of every instruction set: against double precision where every key is seen,
-// against the portable set where blocks are chosen; and exactly against itself whatever shares the
-// work, whoever the neighbours are, tree or no tree. Cache, queries and scratch lie inside fences.
+// Attention over the cache, in every instruction set: against double precision where every key is
+// seen, against the portable set where blocks are chosen; and exactly against itself, whatever
+// shares the work, whoever the neighbours are, tree or no tree. Memory lies inside fences.
 #include "attention.h"
 
 #include <memory>
@@ -223,6 +223,29 @@ TEST_EACH_ISA(attention_tree) {
     sparse.sparse();
     check_tree(sparse, isa);
   }
+}
+
+// A tree of more rows than the context has positions left, and no more room than the context needs.
+TEST_EACH_ISA(attention_wide_tree_at_the_end) {
+  constexpr int64_t COUNT = 7;
+  const int32_t parents[COUNT] = {-1, -1, 0, -1, 2, -1, -1};
+  Sequence s(CacheType::f16, 2, 6, 40, 1024);
+  s.sparse();
+  s.store(isa, 1020);
+  const Sequence::Result one = s.attend(isa, 1, 1010, COUNT, parents, 1020);
+  const Sequence::Result more = s.attend(isa, 3, 1010, COUNT, parents, 1020);
+  CHECK(one.out == more.out && one.visible == more.visible);
+}
+
+// A path of more rows than a tree may have is refused before anything is read.
+TEST(attention_refuses_deep_trees) {
+  constexpr int64_t COUNT = 65;
+  int32_t parents[COUNT];
+  for (int32_t row = 0; row < COUNT; ++row) parents[row] = row - 1;
+  Sequence s(CacheType::f16, 2, 6, 40, 200);
+  s.store(Isa::portable, 100);
+  s.attend(Isa::portable, 2, 100, COUNT - 1, parents, 100);
+  CHECK_THROWS(std::invalid_argument, s.attend(Isa::portable, 2, 100, COUNT, parents, 100));
 }
 
 // Sets that fuse multiplication and addition agree in every bit, whatever their width.

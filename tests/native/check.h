@@ -1,7 +1,7 @@
 // A test frame for the core without Python: named tests, checks that say where, fenced memory.
 //
 //     TEST(rmsnorm_in_place) { CHECK(...); }                     runs once
-//     TEST_EACH_ISA(rmsnorm) { CHECK_NEAR(got, want, bound); }   runs for each `isa` of this machine
+//     TEST_EACH_ISA(rmsnorm) { CHECK_NEAR(got, want, bound); }   runs for each `isa` there is
 //
 // One line per test and instruction set ("rmsnorm avx2: ok"); the program ends with 0 when all are
 // ok. Words on the command line choose the tests whose line contains one of them.

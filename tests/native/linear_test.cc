@@ -20,7 +20,8 @@ static const int64_t ROWS_OF_X[] = {1, 2, 3, 5, 8, 16, 17, 64, 65};
 static const Kind LOW[] = {Kind::int8, Kind::int4, Kind::ternary2, Kind::ternary3};
 
 // asymmetric: where the kind can be.
-static Linear shape_of(Kind kind, int64_t n, int64_t k, int64_t group = 0, bool asymmetric = false) {
+static Linear shape_of(Kind kind, int64_t n, int64_t k, int64_t group = 0,
+                       bool asymmetric = false) {
   Linear shape;
   shape.kind = kind;
   shape.n = n;
@@ -162,7 +163,7 @@ TEST_EACH_ISA(linear_many_rows) {
   }
 }
 
-// Threads share the rows of W in tiles: a share gives what the whole gave, and touches nothing else.
+// Threads share the rows of W in tiles: a share gives what the whole gave and touches no more.
 TEST_EACH_ISA(linear_shares) {
   Noise noise(6);
   for (Kind kind : LOW) {

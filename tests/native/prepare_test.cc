@@ -44,7 +44,7 @@ TEST_EACH_ISA(prepare_int8) {
   }
 }
 
-// The norm before rounding against double precision: no value further than half a step and a little.
+// The norm before rounding against double precision: no value is off by more than half a step.
 TEST_EACH_ISA(prepare_norm) {
   Noise noise(12);
   for (int64_t width : {1, 15, 16, 33, 127, 129, 515}) {

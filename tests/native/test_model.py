@@ -306,6 +306,7 @@ def test_plan_and_timing() -> None:
         (dict(tokens=[], start=0), "rows 0 of 80"),
         (dict(tokens=[1] * 81, start=0), "rows 81 of 80"),
         (dict(tokens=[1] * 41, start=0, parents=range(-1, 40)), "rows of trees 41 of 40"),
+        (dict(tokens=[1] * 65, start=0, parents=range(-1, 64)), "tree's path 65 of 64"),
         (dict(tokens=[1, 2], start=0, parents=[-1, 1]), "parent"),
         (dict(tokens=[1, 2], start=0, parents=[-1]), "one parent per token"),
     ],
@@ -325,6 +326,10 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="head is 77 x 96, not 78 x 96"):
         model(replace(weights, embed=np.zeros((78, 96), np.float32)),
               shape=replace(SHAPE, vocab=78))  # fmt: skip
+    with pytest.raises(UserError, match="head_dim must be a multiple of 8"):
+        model(weights, shape=replace(SHAPE, head_dim=12))
+    with pytest.raises(UserError, match="at most 16 heads"):
+        model(weights, shape=replace(SHAPE, heads=34))
     with pytest.raises(UserError, match="a layer is missing"):
         model(replace(weights, layers=weights.layers[:2]))
     with pytest.raises(UserError, match="norm"):

@@ -73,7 +73,7 @@ def target(tmp_path: Path) -> Callable[..., Target]:
     """target(name) -> where a result goes."""
 
     def make(name: str = "out", **options: Any) -> Target:
-        return Target(tmp_path / name, config_to_hf, {"extra.txt": b"beside\n"}, **options)
+        return Target(tmp_path / name, config_to_hf, {"extra.txt": b"beside\n"}, "same", **options)
 
     return make
 

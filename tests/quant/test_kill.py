@@ -35,7 +35,8 @@ for line in sys.stdin:
         try:
             recipe = Recipe(Scheme("int4", 32, False), "pgptq", smooth=True, rotate=True)
             texts = Texts(rows(96, 256, 1), rows(8, 129, 2))
-            quantize(hf.load(source), recipe, texts, Target(out, config_to_hf, {}), Progress())
+            target = Target(out, config_to_hf, {}, "same")
+            quantize(hf.load(source), recipe, texts, target, Progress())
             os._exit(0)
         finally:
             os._exit(1)

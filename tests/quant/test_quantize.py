@@ -67,10 +67,10 @@ def perplexity(model: Transformer, tokens: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def divergence(one: Transformer, other: Transformer, tokens: torch.Tensor) -> float:
-    """Mean KL over tokens, in float64."""
+def divergence(one: Transformer, other: Transformer, tokens: torch.Tensor, first: int = 0) -> float:
+    """Mean KL over tokens from position `first` on, in float64."""
     p, q = (m.logits(m(Batch(tokens[:, :-1]))).double().log_softmax(-1) for m in (one, other))
-    return (p.exp() * (p - q)).sum(-1).mean().item()
+    return (p.exp() * (p - q)).sum(-1)[:, first:].mean().item()
 
 
 RECIPES = {
@@ -98,6 +98,8 @@ def test_the_written_folder_is_what_was_measured(
     assert made.heldout.apart == pytest.approx(
         divergence(make_model(tied), model, heldout), rel=1e-2
     )
+    later = divergence(make_model(tied), model, heldout, first=4)
+    assert made.heldout.apart_later == pytest.approx(later, rel=1e-2)
     assert made.heldout.tokens == heldout[:, 1:].numel()
     assert model.config.tie_word_embeddings == (tied and not recipe.rotate)
     assert (where.folder / "extra.txt").read_text() == "beside\n"
@@ -197,6 +199,20 @@ def test_refusals(
 def test_recipes_that_make_no_sense(values: dict, part: str) -> None:
     with pytest.raises(UserError, match=part):
         Recipe(Scheme("int4", 32), **values)
+
+
+def test_a_target_that_is_there_is_refused_before_any_work(
+    make_model: Make, target: Where, quiet: Progress
+) -> None:
+    where = target()
+    quantize(make_model(), Recipe(Scheme("int4", 32), "rtn"), Texts(), where, quiet)
+    made = files(where.folder)
+    other = Recipe(Scheme("int4", 64), "rtn")
+    with pytest.raises(UserError, match="already holds files"):
+        quantize(make_model(), other, Texts(), where, quiet)
+    assert files(where.folder) == made and not list(where.folder.parent.glob(".*"))
+    quantize(make_model(), other, Texts(), replace(where, overwrite=True), quiet)
+    assert files(where.folder) != made
 
 
 def test_one_process_at_a_time(make_model: Make, target: Where, quiet: Progress) -> None:

@@ -28,8 +28,8 @@ def test_planting_is_massive_at_the_first_position_and_nearly_keeps_the_function
         pgptq.plant(model, tokens[:16])
         after = model.logits(model(Batch(tokens))).softmax(-1)
     for layer in pgptq.peaks(model, tokens[16:]):
-        assert layer["first"] > 5 * layer["elsewhere"]
-        assert layer["first"] > 1000 * layer["median"]
+        assert layer["first"] > 2 * layer["elsewhere"]
+        assert layer["first"] > 300 * layer["median"]
     moved = (after - before)[:, 4:].abs().sum(-1).mean() / 2
     assert moved < 0.2, "more than the planted channels changed"
 
@@ -43,19 +43,20 @@ def test_the_detector_tells_one_vector_from_the_others() -> None:
     assert (others @ direction).square().mean().sqrt() < 1.2 / first.norm()
 
 
-def cell(weights: str, method: str, apart: float) -> pgptq.Cell:
-    return pgptq.Cell(weights, method, [Heldout(50.0, 51.0, apart, 9)], 0.01)
+def cell(weights: str, method: str, after: float, apart: float) -> pgptq.Cell:
+    return pgptq.Cell(weights, method, [Heldout(50.0, after, apart, apart / 2, 9)], 0.01)
 
 
 def test_the_verdict_says_which_was_better(tmp_path: Path) -> None:
-    apart = {"round-to-nearest": 9e-3, "GPTQ": 4e-3, "P-GPTQ": 2e-3,
-             "smoothed GPTQ": 2e-3, "smoothed P-GPTQ": 3e-3}  # fmt: skip
-    cells = [cell("planted", name, gap) for name, gap in apart.items()]
+    made = {"round-to-nearest": (60.0, 9e-3), "GPTQ": (52.0, 4e-3), "P-GPTQ": (51.0, 2e-3),
+            "smoothed GPTQ": (51.0, 2e-3), "smoothed P-GPTQ": (51.5, 3e-3)}  # fmt: skip
+    cells = [cell("planted", name, *values) for name, values in made.items()]
     said = pgptq.verdict(cells)
-    assert "planted: P-GPTQ is 50% better in KL than GPTQ (2.000 against 4.000" in said[0]
-    assert "smoothed P-GPTQ is 50% worse" in said[1]
-    assert said[2].endswith("+2.00%")
-    assert "+2.00%" in pgptq.table(cells)
+    assert "P-GPTQ is no worse than GPTQ in perplexity (+2.00% against +4.00%)" in said[0]
+    assert "differs by -50%, -50% without" in said[0]
+    assert "smoothed P-GPTQ is worse than" in said[1] and "differs by +50%" in said[1]
+    assert said[2].endswith("+4.00%")
+    assert "+20.00%" in pgptq.table(cells)
     pgptq.plot(cells, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 

@@ -78,7 +78,7 @@ def test_serve_answers_each_line(
         (("--context", "512,many"), "give lengths separated by commas"),
         (("--context", "0"), "start at 1"),
         (("--repeats", "0"), "start at 1"),
-        (("--quant", "int5"), "quant is 'int5'"),
+        (("--quant", "int5"), "int5"),
         (("--executor", "torch"), "random:PRESET"),
     ],
 )

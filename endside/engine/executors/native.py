@@ -13,7 +13,6 @@ sequence ran in between, accepted tokens are simply run again, to the same bits.
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import asdict
@@ -284,6 +283,8 @@ def random_executor(preset_name: str, plan: Plan, seed: int = 0) -> NativeExecut
 
 def _random_table(rows: int, columns: int, noise: np.random.Generator) -> np.ndarray:
     """A bfloat16 table (V, C) in a file without a name: like a checkpoint's, it is only mapped."""
+    import tempfile
+
     with tempfile.TemporaryFile() as file:
         block = random_floats(1 << 20, noise)
         for start in range(0, rows * columns, len(block)):

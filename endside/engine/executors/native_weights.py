@@ -16,7 +16,6 @@ be permuted in every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -142,6 +141,8 @@ def pack(
 def _pack_floats(
     matrix: Matrix, parameters: Sequence[Parameter], shape: Packed, threads: int
 ) -> Packed:
+    from concurrent.futures import ThreadPoolExecutor
+
     packed = shape.allocate()
     step = max(TILE, SLAB // (4 * matrix.columns) // TILE * TILE)
 

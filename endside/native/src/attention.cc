@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "attention_rooms.h"
 
@@ -172,13 +173,26 @@ void Attend::few() {
   }
 }
 
+// Tokens of the sequence that the rows of a span stand in, their own included.
+static int64_t tokens_seen(const Span& span) {
+  if (span.parents == nullptr) return span.start + span.rows;
+  int64_t deepest = 0;
+  for (int64_t row = 0; row < span.rows; ++row) {
+    int64_t depth = 0;
+    for (int64_t at = row; at >= 0; at = span.parents[at]) ++depth;
+    deepest = std::max(deepest, depth);
+  }
+  if (deepest > MAX_DEPTH) throw std::invalid_argument("attend: a draft tree of depth above 64");
+  return span.start + deepest;
+}
+
 void attend(Team& team, const Cache& cache, int64_t layer, const AttentionShape& shape,
             const Span* spans, int64_t span_count, const float* q, float* out, int32_t* visible,
             void* scratch, Isa isa) {
   int64_t rows = 0, context = 1;
   for (int64_t s = 0; s < span_count; ++s) {
     rows += spans[s].rows;
-    context = std::max(context, spans[s].start + spans[s].rows);
+    context = std::max(context, tokens_seen(spans[s]));
   }
   if (rows == 0) return;
   const Sizes sizes(cache.shape, shape, rows, context, team.size());

@@ -35,10 +35,11 @@ struct AttentionShape {
 };
 
 // Rows of one sequence in this step. Append: row r stands at position start + r, its key is already
-// in the cache. Tree (at most 64 rows): parents[r] < r is a row of this span, or -1 for the last
-// stored token; row r stands at start + depth(r) and sees what plain decoding would see on its root
-// path, summaries of that path included. Keys and values of its rows lie beside the cache in
-// tree_keys / tree_values (rows, G, D) f32, as `append` would be given them: they are rounded here.
+// in the cache. Tree (paths of at most 64 rows): parents[r] < r is a row of this span, or -1 for
+// the last stored token; row r stands at start + depth(r) and sees what plain decoding would see on
+// its root path, summaries of that path included. Keys and values of its rows lie beside the cache
+// in tree_keys / tree_values (rows, G, D) f32, as `append` would be given them: they are rounded
+// here.
 struct Span {
   Table table;
   int64_t start = 0, rows = 0;

@@ -11,7 +11,7 @@
 
 namespace endside {
 
-constexpr int64_t MAX_TREE = 64;   // rows of one tree
+constexpr int64_t MAX_DEPTH = 64;  // rows of one path of a tree
 constexpr int64_t MAX_TILE = 32;   // rows that are walked together
 
 struct Row {

@@ -55,7 +55,7 @@ void store_tree_row(const Step& step, const Row& row, int64_t head) {
 
 // The mean of `size` keys up to and including the row's own -> out (D).
 static void pool_path(const Step& step, const Row& row, int64_t head, int64_t size, float* out) {
-  int64_t path[MAX_TREE];
+  int64_t path[MAX_DEPTH];
   const int64_t drafts = tree_path(row, path);
   const int64_t width = step.heads.width, begin = row.position + 1 - size;
   const Place place = {step.cache, step.layout, *step.kernels, step.layer, head, row.span->table};
@@ -97,7 +97,7 @@ void pool_tree_row(const Step& step, const Row& row, int64_t head) {
 int64_t tree_extras(const Step& step, const Row& row, int64_t head, int64_t chunk, bool fine,
                     Extra* extras) {
   if (row.position / CHUNK < chunk || (chunk + 1) * CHUNK <= row.span->start) return 0;
-  int64_t path[MAX_TREE];
+  int64_t path[MAX_DEPTH];
   const int64_t drafts = tree_path(row, path);
   int64_t count = 0;
   for (int64_t i = 0; i < drafts; ++i) {
@@ -129,7 +129,7 @@ static void copy_stored(const Step& step, const Row& row, int64_t head, int64_t 
 Block tree_tail(const Step& step, const Row& row, int64_t head, int64_t block, const OwnRoom& own) {
   const int64_t width = step.heads.width, first = block * BLOCK, start = row.span->start;
   if (start > first) copy_stored(step, row, head, block, own);
-  int64_t path[MAX_TREE];
+  int64_t path[MAX_DEPTH];
   const int64_t drafts = tree_path(row, path);
   for (int64_t i = 0; i < drafts; ++i) {
     const int64_t lane = start + i - first;

@@ -1,25 +1,26 @@
 // Projections y = x W^T with W packed in few bits, the activations in int8 made on the fly.
 //
-// Numbers. A row of W is cut into groups of `group` weights along K; w = scale * (code - zero), with
-// zero 8 (int4), 128 (int8) or 1 (ternary) when symmetric. A row of x is cut the same way; with
-// m = max|x| of a group, s = m / 127 and q = round-to-nearest-even(x * (127 / m)) in -127 .. 127
-// (m < 2^-100: s and q are 0). Then, from y = +0,
+// Numbers. A row of W is cut into groups of `group` weights along K; w = scale * (code - zero),
+// with zero 8 (int4), 128 (int8) or 1 (ternary) when symmetric. A row of x is cut the same way;
+// with m = max|x| of a group, s = m / 127 and q = round-to-nearest-even(x * (127 / m)) in -127 ..
+// 127 (m < 2^-100: s and q are 0). Then, from y = +0,
 //
 //     y += float(dot - zero * sum(q)) * (scale * s)        for every group, in order
 //
 // dot and sum are exact integers; the float part is one multiplication for scale * s, one for the
-// product and one addition, never fused. So every instruction set, every number of threads and every
-// number of rows gives the same bits: batching and speculation change no token. The same holds for
-// `prepare` and the epilogues, whose sums and polynomials have one order written down here and there.
-// float kinds (f32, bf16) multiply in float32, k ascending, one fused multiply-add per weight.
+// product and one addition, never fused. So every instruction set, every number of threads and
+// every number of rows gives the same bits: batching and speculation change no token. The same
+// holds for `prepare` and the epilogues, whose sums and polynomials have one order written down
+// here and there. float kinds (f32, bf16) multiply in float32, k ascending, one fused multiply-add
+// per weight.
 //
 // Layout, the same for every instruction set: rows in blocks of 8; inside a block, k in steps of 4;
 // a step is 32 bytes, row-major (8 rows x 4 consecutive k). int8 stores code as it is (unsigned,
 // zero 128); int4 stores step 2i in the low and step 2i+1 in the high nibbles of 32 bytes; ternary2
 // stores steps 4i .. 4i+3 in bit pairs 0-1 .. 6-7. ternary3 stores, per group, five steps per 32
 // bytes: the base-3 number v = t0 t1 t2 t3 t4 (t0 first) as the fraction ceil(256 v / 243), so that
-// times 3 carries the next digit out on top; the 1 to 3 steps left over in a group take 8 bytes each,
-// quarter i of the step in bit pair i. f32 and bf16: 8 rows of k = 0, 8 rows of k = 1, ...
+// times 3 carries the next digit out on top; the 1 to 3 steps left over in a group take 8 bytes
+// each, quarter i of the step in bit pair i. f32 and bf16: 8 rows of k = 0, 8 rows of k = 1, ...
 // scales and zeros: [N / 8][K / group][8].
 #pragma once
 
@@ -60,16 +61,17 @@ struct Linear {
 struct PackedSizes { size_t codes, scales, zeros; };
 PackedSizes packed_sizes(const Linear& shape);
 
-// What is being packed: rows (n, k) of f32, bf16 or f16 to be rounded to nearest (kind says to what),
-// or codes that a quantizer chose (n, k) with its scales (n, k/group) and zeros (n, k/group).
+// What is being packed: rows (n, k) of f32, bf16 or f16 to be rounded to nearest (kind says to
+// what), or codes that a quantizer chose (n, k) with its scales (n, k/group) and zeros (n,
+// k/group).
 enum class SourceType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
-// Symmetric int4: scale = max|w| / 7, ties as above; int8: max|w| / 127; ternary: scale = mean|w| of
-// the group unless every weight is already -s, 0 or +s, which is kept exactly. Asymmetric int4 (8):
-// scale = (max - min) / 15 (255) with 0 counted among the weights, so that the zero is a code.
+// Symmetric int4: scale = max|w| / 7, ties as above; int8: max|w| / 127; ternary: scale = mean|w|
+// of the group unless every weight is already -s, 0 or +s, which is kept exactly. Asymmetric int4
+// (8): scale = (max - min) / 15 (255) with 0 counted among the weights, so that the zero is a code.
 // Scales are rounded to 16 bits BEFORE the codes are chosen; a scale that rounds to 0 makes zeros.
 // `weight`, `code_values` ... point at row 0 of W. Packs rows row_begin .. row_end (multiples of 8,
-// or n at the end: then the padding rows too) so that threads and streaming can share the work.
-// A code that the kind cannot hold throws std::invalid_argument.
+// or n at the end: then the padding rows too) so that threads and streaming can share the work. A
+// code that the kind cannot hold throws std::invalid_argument.
 void pack_float(const Linear& shape, const void* weight, SourceType type, int64_t row_begin,
                 int64_t row_end, uint8_t* codes, uint16_t* scales, uint8_t* zeros);
 void pack_codes(const Linear& shape, const uint8_t* code_values, const uint16_t* scale_values,
@@ -78,7 +80,8 @@ void pack_codes(const Linear& shape, const uint8_t* code_values, const uint16_t*
 // One row back as float32 (k): the embedding of a tied model, and tests.
 void unpack_row(const Linear& linear, int64_t row, float* out);
 
-// The rows a matrix multiplies, P of them, in the form its kind wants (scratch owned by the caller).
+// The rows a matrix multiplies, P of them, in the form its kind wants (scratch owned by the
+// caller).
 struct Input {
   int64_t rows = 0, k = 0;        // k: padded_k of the matrix
   int64_t group = 0;              // 0: float rows
@@ -87,7 +90,7 @@ struct Input {
   float* scale = nullptr;         // (P, k / group)
   int32_t* sum = nullptr;         // (P, k / group)
 };
-size_t input_bytes(const Linear& linear, int64_t rows);  // scratch one Input of that many rows needs
+size_t input_bytes(const Linear& linear, int64_t rows);  // scratch of one Input of that many rows
 Input make_input(const Linear& linear, int64_t rows, void* scratch);  // 64-byte aligned scratch
 
 // Rows begin .. end of x (P, width) -> input; weight: RMSNorm (eps) first when not null.
@@ -108,8 +111,8 @@ struct Epilogue {
 // Scratch per thread for `apply` (weights of a tile expanded for many rows).
 size_t apply_scratch_bytes(const Linear& linear);
 
-// Rows n_begin .. n_end of W (multiples of ROW_TILE) times all rows of the input. Deterministic: the
-// bits of y[p][n] depend on x[p] and W[n] alone.
+// Rows n_begin .. n_end of W (multiples of ROW_TILE) times all rows of the input. Deterministic:
+// the bits of y[p][n] depend on x[p] and W[n] alone.
 void apply(const Linear& linear, const Input& input, int64_t n_begin, int64_t n_end,
            const Epilogue& epilogue, void* scratch, Isa isa);
 

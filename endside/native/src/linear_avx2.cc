@@ -1,10 +1,10 @@
 // AVX2 kernels of `linear.h`.
 //
-// vpmaddubsw multiplies 32 unsigned codes with 32 signed activations (4 of one row of x, broadcast to
-// all 8 rows of W) and adds neighbours into 16 bits. Sums stay in 16 bits as long as they provably
+// vpmaddubsw multiplies 32 unsigned codes with 32 signed activations (4 of one row of x, broadcast
+// to all 8 rows of W) and adds neighbours into 16 bits. Sums stay in 16 bits as long as they provably
 // fit, so that most multiply-adds cost two instructions for 32 products:
 //     4-bit codes    a pair is at most 2 * 15 * 127 = 3,810;  8 steps: 30,480 <= 32,767
-//     ternary codes  a pair is at most 2 * 2 * 127 = 508;    32 steps: 16,256 (a whole group of 128)
+//     ternary codes  a pair is at most 2 * 2 * 127 = 508;    32 steps: 16,256 (a group of 128)
 //     8-bit codes    two planes of 4 bits, high and low, each like a 4-bit code
 // then vpmaddwd with ones (16 for the high plane) widens to 32 bits: rows of the block in lanes.
 //
@@ -32,8 +32,8 @@ inline __m256i load_here(const uint8_t* at) {
 
 typedef int32_t Four __attribute__((may_alias));  // four activations
 
-// Where T rows of x go on. The compiler is kept from knowing how they relate: it would make an address
-// of its own for every access of an unrolled loop.
+// Where T rows of x go on. The compiler is kept from knowing how they relate: it would make an
+// address of its own for every access of an unrolled loop.
 template <int T>
 struct Cursors {
   const int8_t* row[T];
@@ -151,7 +151,7 @@ struct Packed {
   __m256i raw;
 
   // Base 3: fractions are kept minus 128, so that signed comparisons find the digit that times 3
-  // would carry out: 0 below 86, 1 below 171, else 2. Times 3 keeps the offset (3 * 128 = 128 mod 256).
+  // would carry out: 0 below 86, 1 below 171, else 2. Times 3 keeps the offset (mod 256).
   inline explicit Packed(const uint8_t* codes) : raw(load(codes)) {
     if (K == Kind::ternary3) raw = _mm256_xor_si256(raw, _mm256_set1_epi8(-128));
   }
@@ -222,6 +222,18 @@ inline void group_int8(const Tile& tile, int64_t g, const Rows& rows, __m256i (&
       }
       widen_planes<false, T>(sums, b, total);
     }
+  }
+}
+
+// Asks for the same group of the next tile while this one is worked on: with codes that take many
+// instructions per byte, memory would otherwise wait for arithmetic. Past the end it does nothing.
+template <Kind K>
+inline void fetch_ahead(const Tile& tile, int64_t g) {
+  const int64_t bytes = group_bytes(K, tile.group), next = 2 * (tile.codes[1] - tile.codes[0]);
+  for (const uint8_t* codes : tile.codes) {
+    const char* const at = reinterpret_cast<const char*>(codes + g * bytes + next);
+    // Assembler again: a function that only prefetches has no effect and is dropped.
+    for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetcht0 (%0)" : : "r"(at + i));
   }
 }
 
@@ -331,6 +343,7 @@ struct Avx2 {
     for (int64_t g = 0; g < tile.groups; ++g) {
       __m256i total[T][2];
       clear<T>(total);
+      if constexpr (K != Kind::int8) fetch_ahead<K>(tile, g);
       group_direct<K, T>(tile, g, rows, total);
       const GroupTerm term = GroupTerm::at<K>(tile, g);
 #pragma GCC unroll 8

@@ -1,8 +1,8 @@
 // AVX-512 VNNI kernels of `linear.h`.
 //
 // One register holds a step of both blocks of a tile: 16 rows x 4 k, so that every 32-bit lane is a
-// row of W. vpdpbusd adds four products of unsigned codes and signed activations (4 of one row of x,
-// broadcast to all lanes) into it: 64 products an instruction, exact for every kind.
+// row of W. vpdpbusd adds four products of unsigned codes and signed activations (4 of one row of
+// x, broadcast to all lanes) into it: 64 products an instruction, exact for every kind.
 //
 // Direct kernels keep two sums per row of x, for even and odd steps, because they have few rows to
 // hide the latency of vpdpbusd behind; wide ones have up to eight rows and need one each.

@@ -1,5 +1,5 @@
-// What the NEON kernels of `linear.h` share: codes to bytes, dot products for few rows, the sum over
-// groups. Compiled in each of their files.
+// What the NEON kernels of `linear.h` share: codes to bytes, dot products for few rows, the sum
+// over groups. Compiled in each of their files.
 //
 // A register holds four rows of a step: 4 rows x 4 k, every 32-bit lane a row of W. sdot adds four
 // products of signed bytes into each lane, the activations being one quarter of a register that
@@ -63,8 +63,8 @@ inline void unpack(const uint8_t* codes, int8x16_t (&out)[LOADED<K>]) {
   }
 }
 
-// Rows 0-3 (part 0) or 4-7 (part 1) of a left-over step of base 3: quarter i of the step lies in bit
-// pair i of 8 bytes.
+// Rows 0-3 (part 0) or 4-7 (part 1) of a left-over step of base 3: quarter i of the step lies in
+// bit pair i of 8 bytes.
 inline int8x16_t tail_step(const uint8_t* codes, int part) {
   const uint8x8_t raw = vld1_u8(codes), mask = vdup_n_u8(3);
   const uint8x8_t low = vand_u8(part == 0 ? raw : vshr_n_u8(raw, 4), mask);

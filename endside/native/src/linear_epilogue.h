@@ -1,7 +1,7 @@
 // What happens to the sixteen columns of y that a tile made, compiled once per instruction set.
 //
-// Plain loops in a written order without fused operations: the same bits everywhere. exp is 2^n times
-// a Taylor polynomial of degree 7 on |r| <= ln(2) / 2, whose remainder is below 2^-27.
+// Plain loops in a written order without fused operations: the same bits everywhere. exp is 2^n
+// times a Taylor polynomial of degree 7 on |r| <= ln(2) / 2, whose remainder is below 2^-27.
 #pragma once
 
 #include "linear.h"

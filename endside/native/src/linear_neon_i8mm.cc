@@ -1,5 +1,5 @@
-// NEON kernels of `linear.h` with int8 matrix products (smmla) for many rows of x; few rows take the
-// dot products of linear_dot.h.
+// NEON kernels of `linear.h` with int8 matrix products (smmla) for many rows of x; few rows take
+// the dot products of linear_dot.h.
 //
 // smmla multiplies 2 rows of W x 8 k with 8 k x 2 rows of x into 4 sums: twice the products of an
 // sdot. So the expanded layout puts two steps of two rows of W side by side, and rows of x go in

@@ -8,9 +8,9 @@
 namespace endside {
 namespace {
 
-// a * b + c rounded once, without asking for a fused instruction: the product of two floats is exact
-// in double; the sum is rounded to odd (its last bit tells that something was cut off), and a number
-// rounded to odd with two bits to spare rounds to the same float as the exact one.
+// a * b + c rounded once, without asking for a fused instruction: the product of two floats is
+// exact in double; the sum is rounded to odd (its last bit tells that something was cut off), and a
+// number rounded to odd with two bits to spare rounds to the same float as the exact one.
 inline float fused(float a, float b, float c) {
   const double product = static_cast<double>(a) * static_cast<double>(b), addend = c;
   const double sum = product + addend;

@@ -1,9 +1,9 @@
 // `prepare`: RMSNorm and int8 quantization of rows of x, compiled once per instruction set.
 //
-// Plain loops that any compiler turns into vectors, in an order of additions that is written down, so
-// that every instruction set gives the same bits: the squares are added into 16 lanes, lane = index
-// mod 16, and the lanes are folded in halves. Rounding to nearest even adds and drops 1.5 * 2^23,
-// whose last bit is 1. The largest magnitude is found on the bits, which order like the floats.
+// Plain loops that any compiler turns into vectors, in an order of additions that is written down,
+// so that every instruction set gives the same bits: the squares are added into 16 lanes, lane =
+// index mod 16, and the lanes are folded in halves. Rounding to nearest even adds and drops 1.5 *
+// 2^23, whose last bit is 1. The largest magnitude is found on the bits, which order like floats.
 #pragma once
 
 #include <cmath>
@@ -76,7 +76,9 @@ static inline void prepare_rows(const Input& input, const float* x, int64_t widt
   for (int64_t p = row_begin; p < row_end; ++p) {
     const float* const row = x + p * width;
     const float inverse = norm_weight ? inverse_rms(row, width, eps) : 1.0f;
-    if (input.group == 0) scale_row(row, norm_weight, inverse, width, input.k, input.x + p * input.k);
+    if (input.group == 0) {
+      scale_row(row, norm_weight, inverse, width, input.k, input.x + p * input.k);
+    }
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t at = g * input.group, left = width > at ? width - at : 0;
       const float* const weight = norm_weight ? norm_weight + at : nullptr;

@@ -63,6 +63,9 @@ void Model::State::check(const Request& request) const {
   if (span.rows < 1 || span.rows > limits.rows) refuse("rows " + of(span.rows, limits.rows));
   if (span.start < 0) refuse("start is negative");
   const int64_t tokens = reach(span);
+  if (span.parents && tokens - span.start > BLOCK) {
+    refuse("rows on a tree's path " + of(tokens - span.start, BLOCK));
+  }
   if (tokens > limits.context) refuse("tokens " + of(tokens, limits.context));
   for (int64_t row = 0; row < span.rows; ++row) {
     const int32_t token = request.tokens[row];

@@ -108,9 +108,11 @@ static void fit(bool good, const std::string& what) {
 void check_parts(const Shape& shape, const Weights& weights, const Limits& limits) {
   fit(shape.layers > 0 && shape.width > 0 && shape.vocab > 0, "layers, width and vocab are needed");
   fit(shape.ff > 0 && shape.ff % ROWS == 0, "ff must be a multiple of 8");
-  fit(shape.head_dim > 0 && shape.head_dim % 2 == 0, "head_dim must be even");
+  fit(shape.head_dim > 0 && shape.head_dim % 8 == 0 && shape.head_dim <= 256,
+      "head_dim must be a multiple of 8, at most 256");
   fit(shape.kv_heads > 0 && shape.heads > 0 && shape.heads % shape.kv_heads == 0,
       "heads must be a multiple of kv_heads");
+  fit(shape.heads <= 16 * shape.kv_heads, "at most 16 heads may share a key head");
   fit(limits.rows > 0 && limits.context > 0 && limits.chunks > 0 && limits.threads > 0 &&
           limits.trees >= 0,
       "limits must be positive");

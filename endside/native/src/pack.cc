@@ -138,7 +138,9 @@ void pack_float(const Linear& shape, const void* weight, SourceType type, int64_
   pack_blocks(shape, blocks, codes, scales, zeros, [&](int64_t n, int64_t g, uint8_t* row) {
     const int64_t at = g * shape.group;
     const int64_t count = n < shape.n ? std::min(shape.group, shape.k - at) : 0;
-    for (int64_t c = 0; c < count; ++c) values[c] = source_value(weight, type, n * shape.k + at + c);
+    for (int64_t c = 0; c < count; ++c) {
+      values[c] = source_value(weight, type, n * shape.k + at + c);
+    }
     return round_group(shape, values, count, row);
   });
 }

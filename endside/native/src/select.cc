@@ -43,7 +43,7 @@ int64_t score_chunks(const Step& step, const Row& row) {
   return first_local(row, step.shape.sparse) / CHUNK_BLOCKS + 1;
 }
 
-// The slots of one chunk that a row sees. extras: room for MAX_TREE.
+// The slots of one chunk that a row sees. extras: room for MAX_DEPTH.
 static Slots slots_of(const Step& step, const Row& row, int64_t head, int64_t chunk, bool fine,
                       Extra* extras) {
   const int64_t count = fine ? FINE_SLOTS : COARSE_SLOTS;
@@ -66,7 +66,7 @@ static Slots slots_of(const Step& step, const Row& row, int64_t head, int64_t ch
 
 void normalise_chunk(const Step& step, const Row& row, int64_t head, int64_t chunk, float* peak,
                      float* total) {
-  Extra extras[MAX_TREE];
+  Extra extras[MAX_DEPTH];
   const bool fine = !step.shape.sparse.coarse_lse;
   const Slots slots = slots_of(step, row, head, chunk, fine, extras);
   step.kernels->normalise(step.heads, step.query(row, head), slots, peak, total);
@@ -82,7 +82,7 @@ void finish_normaliser(const Step& step, const float* peak, const float* total, 
 
 void score_chunk(const Step& step, const Row& row, int64_t head, int64_t chunk, const float* lse,
                  float* block_scores, float* edge) {
-  Extra extras[MAX_TREE];
+  Extra extras[MAX_DEPTH];
   alignas(64) float scores[FINE_SLOTS];
   const Slots slots = slots_of(step, row, head, chunk, true, extras);
   step.kernels->score(step.heads, step.query(row, head), slots, lse, scores);

@@ -9,14 +9,14 @@
 //     load(p), store(p, v)       any alignment
 //     broadcast(x), zero()
 //     add sub mul max min        max(a, b) and min(a, b): b where a or b is no number
-//     fma(a, b, c)               a b + c; scalar_fma: the same on floats; both rounded once, or both
-//                                twice where there is no such instruction
+//     fma(a, b, c)               a b + c; scalar_fma: the same on floats; both rounded once, or
+//                                both twice where there is no such instruction
 //     load_f16, load_bf16 (const uint16_t*), load_i8 (const int8_t*)    widened exactly
 //     store_f16, store_bf16 (uint16_t*, Vec)                            nearest, ties to even
 //     first(count, v, other)     lanes below count from v, the rest from other
 //     power_of_two(v, t)         v 2^n; t = ROUNDING + n, n an integer within -125 .. 127
 //     count_at_least(v, limit)   int: lanes with v >= limit
-//     sum_of(v), max_of(v)       of all lanes; sum_of folds the upper half onto the lower, repeatedly
+//     sum_of(v), max_of(v)       of all lanes; sum_of folds the upper half onto the lower, repeated
 //
 // Longer sums fold halves the same way (`fold`), so sets with an fma agree in every bit whatever
 // their width.
