@@ -119,8 +119,10 @@ class Pair:
         flash, tried = self._choose_flash(cell)
         self.ours.ask("depth", cell.depth, PREFIX["ours"])
         self._peer_stands(cell.depth, flash)
-        sight = self.ours.ask("sight", 1 if cell.kind == "decode" else cell.tokens)
-        if cell.engine == "sparse":
+        sparse = cell.engine == "sparse"
+        verb = "sight" if sparse else "expected"  # counted where it matters
+        sight = self.ours.ask(verb, 1 if cell.kind == "decode" else cell.tokens)
+        if sparse:
             assert sight["visible"] < 0.5 * sight["available"], f"{cell.name}: not sparse: {sight}"
         peer_tokens = cell.peer_tokens or cell.tokens
         sides = ((self.ours, cell.tokens), (self.peer, peer_tokens))
@@ -199,8 +201,10 @@ def _commands(engine: Engine, folder: Path, threads: int) -> tuple[list, list]:
     return ours, [peer_llamacpp.driver(folder), "serve", model, threads]
 
 
-def _run_cells(cells: list[Cell], flags: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def _run_cells(
+    cells: list[Cell], flags: argparse.Namespace, done: Callable[[dict[str, Any]], None]
+) -> None:
+    """Every cell; each is handed to `done` at once, so that an interrupted run keeps its rows."""
     for name, group in itertools.groupby(cells, key=lambda cell: cell.engine):
         ours, peer = _commands(ENGINES[name], flags.peer_dir, flags.threads)
         with worker(ours) as one, worker(peer) as other:
@@ -209,9 +213,9 @@ def _run_cells(cells: list[Cell], flags: argparse.Namespace) -> list[dict[str, A
                 begun = time.monotonic()
                 row = pair.run(cell, 2 if flags.quick else cell.rounds)
                 row["took_s"] = time.monotonic() - begun
-                rows.append(row)
+                row["at"] = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
                 print(_line(row), flush=True)
-    return rows
+                done(row)
 
 
 def _memory(flags: argparse.Namespace) -> dict[str, Any]:
@@ -347,22 +351,25 @@ def main() -> int:
     flags = _flags()
     # Results of another kind, from an earlier run, stay in the file.
     report = json.loads(flags.out.read_text()) if flags.out.exists() else {}
-    report["machine"] = _machine(flags)
+    report |= {"machine": _machine(flags), "cells": report.get("cells", [])}
     print(report["machine"]["peer_system"])
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def done(row: dict[str, Any] | None = None) -> None:
+        kept = {one["name"]: one for one in report["cells"]} | ({row["name"]: row} if row else {})
+        report["cells"] = [kept[cell.name] for cell in CELLS if cell.name in kept]
+        flags.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
     if flags.validate:
         report["validation"] = _validate(flags)
     else:
         print(f"{'cell':<24}{'ours tok/s':>10} {'peer':>9}{'ratio':>8} [of paired rounds]")
-        rows = _run_cells([cell for cell in CELLS if cell.name in flags.chosen], flags)
-        kept = {row["name"]: row for row in report.get("cells", [])}
-        kept |= {row["name"]: row for row in rows}
-        report["cells"] = [kept[cell.name] for cell in CELLS if cell.name in kept]
+        _run_cells([cell for cell in CELLS if cell.name in flags.chosen], flags, done)
         if "memory" in flags.chosen:
             report["memory"] = _memory(flags)
-        if report["cells"]:
-            _plot(report["cells"], flags.out.with_suffix(".png"))
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    done()
+    if report["cells"]:
+        _plot(report["cells"], flags.out.with_suffix(".png"))
     verdicts = [row["met"] for row in [*report.get("cells", []), report.get("memory")] if row]
     return 0 if all(verdicts) else 1
 

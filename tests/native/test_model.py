@@ -327,9 +327,9 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         model(replace(weights, embed=np.zeros((78, 96), np.float32)),
               shape=replace(SHAPE, vocab=78))  # fmt: skip
     with pytest.raises(UserError, match="head_dim must be a multiple of 8"):
-        model(weights, shape=replace(SHAPE, head_dim=12))
+        Model.memory(replace(SHAPE, head_dim=12), weights)
     with pytest.raises(UserError, match="at most 16 heads"):
-        model(weights, shape=replace(SHAPE, heads=34))
+        Model.memory(replace(SHAPE, heads=34), weights)
     with pytest.raises(UserError, match="a layer is missing"):
         model(replace(weights, layers=weights.layers[:2]))
     with pytest.raises(UserError, match="norm"):

@@ -1,8 +1,8 @@
 // AVX2 kernels of `linear.h`.
 //
 // vpmaddubsw multiplies 32 unsigned codes with 32 signed activations (4 of one row of x, broadcast
-// to all 8 rows of W) and adds neighbours into 16 bits. Sums stay in 16 bits as long as they provably
-// fit, so that most multiply-adds cost two instructions for 32 products:
+// to all 8 rows of W) and adds neighbours into 16 bits. Sums stay in 16 bits as long as they
+// provably fit, so that most multiply-adds cost two instructions for 32 products:
 //     4-bit codes    a pair is at most 2 * 15 * 127 = 3,810;  8 steps: 30,480 <= 32,767
 //     ternary codes  a pair is at most 2 * 2 * 127 = 508;    32 steps: 16,256 (a group of 128)
 //     8-bit codes    two planes of 4 bits, high and low, each like a 4-bit code

@@ -1,8 +1,8 @@
 // The loops around the inner kernels of `linear.h`, compiled once per instruction set.
 //
-// A file for an instruction set defines a type `Arch` inside an anonymous namespace and uses it with
-// `apply_with<Arch>`, and `prepare_rows` (linear_rows.h). Everything here is static or a template
-// over that local type, so no two files share code that was compiled with different flags.
+// A file for an instruction set defines a type `Arch` inside an anonymous namespace and uses it
+// with `apply_with<Arch>`, and `prepare_rows` (linear_rows.h). Everything here is static or a
+// template over that local type, so no two files share code compiled with different flags.
 //
 // The work of a thread: its tiles of 16 weight rows, one after the other, times the rows of x in
 // chunks that fit the second-level cache. Few rows: `direct` unpacks codes on the fly while they
@@ -38,8 +38,8 @@
 namespace endside {
 
 constexpr int64_t WIDE_BYTES = 16 * MAX_GROUP * 2;     // one expanded group of a tile
-constexpr int64_t CHUNK_ROWS = 128;                  // rows of x per pass over the weights, at most
-constexpr int64_t CHUNK_BYTES = 192 * 1024;          // and bytes of them, for the second-level cache
+constexpr int64_t CHUNK_ROWS = 128;                // rows of x per pass over the weights, at most
+constexpr int64_t CHUNK_BYTES = 192 * 1024;        // and bytes of them, for the second-level cache
 constexpr int64_t CHUNK_UNIT = 24;                     // chunks are multiples of every WIDE_ROWS
 
 // Sixteen rows of W: two packed blocks.
