@@ -1,6 +1,7 @@
 """The tour: a model's whole life on this machine, no network, in a few minutes.
 
     text -> tokenizer -> token shards -> training -> held-out perplexity -> checkpoint -> text again
+    the same model in 4 bits on the native engine: its size, speed and perplexity
     and one layer of sparse attention over a long context, beside the dense one
 
 Every figure it prints was measured in that run. What a step made lies in the output folder and is
@@ -21,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from endside.atomic import write_atomic
 from endside.data import corpus
 from endside.data.document import Document
@@ -38,6 +41,7 @@ from endside.train.schedule import ScheduleConfig
 
 TOKENIZER_TEXT = 3_000_000  # characters the tokenizer is trained on
 PROMPTS = ("The following", "Return a new", "def __init__(self")
+LOW_BIT_ROWS = 24  # rows of held-out text that the low-bit model is judged on
 LONG = 65536  # keys of the long-context step
 BATCH, SEQ_LEN = 8, 256  # rows and tokens: the largest batch that still takes many steps
 
@@ -71,6 +75,7 @@ def tour(flags: Demo) -> None:
     model, cfg = _train(flags, tokenizer)
     _judge(model, packed, cfg)
     _generate(flags.out / "model")
+    _low_bits(flags.out / "model", packed)
     _long_context()
     _next_steps(flags, time.monotonic() - begun)
 
@@ -236,6 +241,48 @@ def _generate(folder: Path) -> None:
         _say("generate", f"{prompt!r} -> {made.text!r} ({speed:.0f} tokens/s)")
 
 
+def _low_bits(folder: Path, packed: Packed) -> None:
+    """The trained model on the native engine, with its own weights and rounded to 4 bits."""
+    from endside import native
+
+    if native.load() is None:
+        return _say("low bits", f"left out: {native.status()}")
+    rows = _heldout_rows(packed)
+    (wide, wide_bytes, wide_speed), (low, low_bytes, low_speed) = (
+        _engine_figures(folder, quant, rows) for quant in ("none", "int4")
+    )
+    _say(
+        "low bits",
+        f"int4, groups of 32: {low_bytes / 1e6:.1f} MB of weights instead of "
+        f"{wide_bytes / 1e6:.1f}, {low_speed:.0f} tokens/s instead of {wide_speed:.0f}, held-out "
+        f"perplexity {math.exp(low):.1f} instead of {math.exp(wide):.1f}",
+    )
+
+
+def _heldout_rows(packed: Packed) -> list[list[int]]:
+    """The first held-out tokens, in rows of one training length."""
+    tokens = [token for shard in packed.tokens("heldout") for token in shard.tolist()]
+    starts = range(0, min(len(tokens) - SEQ_LEN, LOW_BIT_ROWS * SEQ_LEN), SEQ_LEN)
+    return [tokens[start : start + SEQ_LEN] for start in starts]
+
+
+def _engine_figures(folder: Path, quant: str, rows: list[list[int]]) -> tuple[float, int, float]:
+    """Held-out loss in nats per token, bytes of weights, tokens/s of decoding."""
+    from endside.api import LLM
+    from endside.engine.measure import weight_bytes
+
+    llm = LLM(folder, executor="native", quant=quant, group=32, context=2 * SEQ_LEN)
+    losses: list[float] = []
+    for row in rows:
+        logits = llm.logits(row)[:-1].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        right = logits[np.arange(len(row) - 1), row[1:]]
+        losses.extend(np.log(np.exp(logits).sum(-1)) - right)
+    made = llm.generate(PROMPTS[0], max_tokens=200, temperature=0.0)
+    size = weight_bytes(llm.engine.executor)
+    return statistics.fmean(losses), size or 0, made.timings.decode_tokens_per_s
+
+
 def _long_context() -> None:
     """One attention layer of the 0.5B shape, one new token behind a long context: sparse, dense."""
     import torch
@@ -273,7 +320,7 @@ def _next_steps(flags: Demo, seconds: float) -> None:
     command = "endside" if shutil.which("endside") else Path(sys.executable).with_name("endside")
     _say("done", f"in {seconds / 60:.1f} minutes. Try next:")
     for rest in (
-        f'run {model} "The following" --temperature 0.7 --stats',
+        f'run {model} "The following" --temperature 0.7 --quant int4 --stats',
         f"inspect {model}",
         f"convert {model} {flags.out / 'llama'} --to llama",
         'run openbmb/MiniCPM4-0.5B "What is a phone?"   # a published model, from the hub',
