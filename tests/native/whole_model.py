@@ -28,7 +28,7 @@ from endside.quant.pack import ZERO, round_to_nearest
 from endside.quant.pack import QuantizedLinear as Codes
 
 STORED = {"f16": torch.float16, "bf16": torch.bfloat16}
-TRAINED, STEPS, BATCH, SPAN = 1024, 200, 2, 640  # tokens, steps, rows, tokens per row
+TRAINED, STEPS, BATCH, SPAN = 1024, 140, 2, 640  # tokens, steps, rows, tokens per row
 SPARSE = SparseConfig(window_size=64, topk=2, dense_len=256)
 
 
