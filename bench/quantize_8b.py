@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where 6 GB find room; default: temporary")
     parser.add_argument("--out", type=Path, default=RESULTS / "quantize_8b.json")
     flags = parser.parse_args()
+    if flags.work is not None:
+        flags.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=flags.work) as work:
         source, out = Path(work) / "source", Path(work) / "out"
         size = write_model(source, flags.layers)

@@ -248,6 +248,8 @@ def _low_bits(folder: Path, packed: Packed) -> None:
     if native.load() is None:
         return _say("low bits", f"left out: {native.status()}")
     rows = _heldout_rows(packed)
+    if not rows:
+        return _say("low bits", f"left out: fewer than {SEQ_LEN} held-out tokens to judge on")
     (wide, wide_bytes, wide_speed), (low, low_bytes, low_speed) = (
         _engine_figures(folder, quant, rows) for quant in ("none", "int4")
     )
@@ -260,10 +262,11 @@ def _low_bits(folder: Path, packed: Packed) -> None:
 
 
 def _heldout_rows(packed: Packed) -> list[list[int]]:
-    """The first held-out tokens, in rows of one training length."""
+    """Rows of one training length, spread evenly over the held-out tokens."""
     tokens = [token for shard in packed.tokens("heldout") for token in shard.tolist()]
-    starts = range(0, min(len(tokens) - SEQ_LEN, LOW_BIT_ROWS * SEQ_LEN), SEQ_LEN)
-    return [tokens[start : start + SEQ_LEN] for start in starts]
+    rows = min(LOW_BIT_ROWS, len(tokens) // SEQ_LEN)
+    apart = len(tokens) // max(1, rows)
+    return [tokens[row * apart : row * apart + SEQ_LEN] for row in range(rows)]
 
 
 def _engine_figures(folder: Path, quant: str, rows: list[list[int]]) -> tuple[float, int, float]:
