@@ -39,7 +39,7 @@ from endside.formats.hf_config import (
     with_attention,
 )
 from endside.formats.source import folder_source, is_low_bit, state_dict
-from endside.formats.weights import SAFE, companions
+from endside.formats.weights import SAFE, companions, fused_groups
 from endside.model.config import ModelConfig
 from endside.model.transformer import Transformer
 from endside.shards import TensorSource
@@ -139,7 +139,8 @@ def _places(checkpoint: Checkpoint, config: ModelConfig, model: Transformer) -> 
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     places = {name: Rows(hf_name(name)) for name in shapes}
     expected = {hf_name(name): shape for name, shape in shapes.items()}
-    for fused, parts in _fused_groups(shapes):
+    for linear, parts in fused_groups(shapes):
+        fused = f"{linear}.weight"
         if hf_name(fused) not in checkpoint.tensors:
             continue
         at = 0
@@ -155,20 +156,6 @@ def _places(checkpoint: Checkpoint, config: ModelConfig, model: Transformer) -> 
     if config.tie_word_embeddings and HEAD in checkpoint.tensors:
         _check_tied(checkpoint)
     return places
-
-
-def _fused_groups(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, list[str]]]:
-    """Fused names and the parameters whose rows they stack, in order."""
-    groups = []
-    for name in shapes:
-        for first, rest, fused in (
-            ("q_proj", ("k_proj", "v_proj"), "qkv_proj"),
-            ("gate_proj", ("up_proj",), "gate_up_proj"),
-        ):
-            if f".{first}." in name:
-                parts = [name.replace(first, other) for other in (first, *rest)]
-                groups.append((name.replace(first, fused), parts))
-    return groups
 
 
 def _check_floats(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:

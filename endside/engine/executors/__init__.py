@@ -180,6 +180,19 @@ def default_context(longest: int, token_bytes: float, memory_bytes: int) -> int:
     return max(64, min(longest, fitting))
 
 
+def check_length(context: int, config: ModelConfig) -> int:
+    """`context` tokens, if the model's positions reach so far; a warning beyond its own maximum."""
+    longest = config.max_position_embeddings
+    if context > longest and config.rope.kind == "default":
+        raise UserError(
+            f"context {context:,} is longer than the {longest:,} tokens this model knows: "
+            "lower --context, or add rope_scaling to its config.json"
+        )
+    if context > longest:
+        log.warning("context %d is beyond max_position_embeddings %d", context, longest)
+    return context
+
+
 def free_memory() -> int:
     """Bytes of main memory that can be taken without swapping; all of it where that is unknown."""
     try:

@@ -7,14 +7,13 @@ mapped, and only the rows of tokens that occur are ever in memory.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from endside.engine.executors import default_context, free_memory
+from endside.engine.executors import check_length, default_context, free_memory
 from endside.engine.executors.native_weights import (
     Recipe,
     join,
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from endside.checkpoint import Checkpoint
     from endside.engine.executors import Plan
     from endside.model.config import ModelConfig
-
-log = logging.getLogger(__name__)
 
 ROWS, TREES = 512, 64  # rows of one call, and of its draft trees, at most
 SPARE = 64 << 20  # bytes left to the interpreter, the tokenizer and logits
@@ -132,17 +129,12 @@ def choose_context(config: ModelConfig, plan: Plan, asked: Recipe, dtype: str) -
     def plan_for(context: int) -> Memory:
         return memory(config, plan, asked, stored=dtype, context=context, threads=threads)
 
-    context, longest = plan.context, config.max_position_embeddings
-    if context is None:
-        context = default_context(longest, plan_for(CHUNK).cache_per_token, free_memory())
+    if plan.context is None:
+        longest, each = config.max_position_embeddings, plan_for(CHUNK).cache_per_token
+        context = default_context(longest, each, free_memory())
         context = min(context, plan.capacity or context)
-    elif context > longest and config.rope.kind == "default":
-        raise UserError(
-            f"context {context:,} is longer than the {longest:,} tokens this model knows: "
-            "lower --context, or add rope_scaling to its config.json"
-        )
-    elif context > longest:
-        log.warning("context %d is beyond max_position_embeddings %d", context, longest)
+    else:
+        context = check_length(plan.context, config)
     return check_fits(plan_for, context, free_memory())
 
 

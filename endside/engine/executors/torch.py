@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from endside.engine.executor import Full
-from endside.engine.executors import Plan, default_context, free_memory
+from endside.engine.executors import Plan, check_length, default_context, free_memory
 from endside.errors import UserError
 from endside.model.batch import Batch
 from endside.model.cache import Cache, CacheFull
@@ -74,18 +74,11 @@ def _dtype(name: str, device: str, config: ModelConfig) -> torch.dtype:
 
 
 def _context(asked: int | None, config: ModelConfig, dtype: torch.dtype, device: str) -> int:
-    longest = config.max_position_embeddings
-    if asked is None:
-        memory = free_memory() if device == "cpu" else torch.cuda.mem_get_info()[0]
-        return default_context(longest, cache_bytes_per_token(config, dtype.itemsize), memory)
-    if asked > longest and config.rope.kind == "default":
-        raise UserError(
-            f"context {asked:,} is longer than the {longest:,} tokens this model knows: "
-            "lower --context, or add rope_scaling to its config.json"
-        )
-    if asked > longest:
-        log.warning("context %d is beyond max_position_embeddings %d", asked, longest)
-    return asked
+    if asked is not None:
+        return check_length(asked, config)
+    memory = free_memory() if device == "cpu" else torch.cuda.mem_get_info()[0]
+    each = cache_bytes_per_token(config, dtype.itemsize)
+    return default_context(config.max_position_embeddings, each, memory)
 
 
 class TorchExecutor:
