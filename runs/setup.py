@@ -230,7 +230,8 @@ def install_package() -> None:
     install_torch()
     how = "compiling its native core" if compiler() else "no C++ compiler: without its native core"
     say(f"installing endside and what it needs ({how})")
-    pip_install("-c", CONSTRAINTS, "-e", ROOT, doing="installing endside")
+    # With the server and constrained decoding: small packages that most people will want.
+    pip_install("-c", CONSTRAINTS, "-e", f"{ROOT}[serve]", doing="installing endside")
     show = "from endside import native; print('setup:', native.status())"
     run([PYTHON, "-c", show], doing="importing endside")
 
