@@ -11,26 +11,34 @@ Values left out are those of the model's generation_config.json, else greedy dec
 end id that the tokenizer, generation_config.json or config.json names: models with two of them
 (MiniCPM4: </s> and <|im_end|>) rarely list both in one place.
 
-Text is decoded from the bytes of the tokens, so a piece never holds half a character, and what a
-stop string may still take back is not shown.
+The answer to a conversation is read as it comes (`endside.answer`): `text` is what it says,
+`reasoning` the thought before that, `tool_calls` what it wants done. The text of a plain prompt is
+everything that was written.
+
+`json_schema`, `regex` or `grammar` shape an answer (`endside.engine.grammar`): every token fits;
+a thought before it is left free. `thinking_budget` closes the thought after that many tokens.
 """
 
 from __future__ import annotations
 
-import codecs
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from endside import chat
+from endside.answer import Reader
 from endside.engine.engine import Engine
 from endside.engine.executor import Full
 from endside.engine.executors import Plan, create
-from endside.engine.request import Handle, Request, SamplingConfig
+from endside.engine.grammar import Grammar, Vocabulary
+from endside.engine.request import Request, SamplingConfig
+from endside.engine.thinking import Thinking
 from endside.errors import UserError
+from endside.stream import Generation, Piece, Stream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,75 +47,52 @@ if TYPE_CHECKING:
     from endside.engine.executor import Executor
     from endside.tokenizer import Tokenizer
 
+__all__ = ["LLM", "Generation", "Piece", "Shape", "Stream"]
+
 Config = TypeVar("Config")
 Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Text that can be shown now, and the tokens sampled since the last piece."""
+class Shape:
+    """What an answer must look like. At most one of the first three."""
 
-    text: str
-    token_ids: tuple[int, ...]
+    json_schema: str | Mapping[str, Any] | None = None  # its text, or what that parses to
+    regex: str | None = None  # the whole answer matches it
+    grammar: str | None = None  # context-free, in Lark's syntax
+    thinking_budget: int | None = None  # tokens of thought at most; None: the model decides
 
+    def __post_init__(self) -> None:
+        if len(self.given) > 1:
+            raise UserError(f"{' and '.join(self.given)} shape the same answer: give one")
 
-@dataclass(frozen=True)
-class Usage:
-    """Tokens counted; the end token is one of the completion's."""
+    @property
+    def given(self) -> list[str]:
+        """Names of the constraints that are set."""
+        names = ("json_schema", "regex", "grammar")
+        return [one for one in names if getattr(self, one) is not None]
 
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds and rates. Prefill runs until the first token is there; decode makes the others."""
-
-    load_s: float
-    prefill_s: float
-    prefill_tokens_per_s: float
-    decode_s: float
-    decode_tokens_per_s: float
-
-
-@dataclass(frozen=True)
-class Attended:
-    """How the last token attended: "dense" or "sparse", and how many keys it saw."""
-
-    mode: str
-    visible_tokens: int
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished answer; `dataclasses.asdict` gives the object that `endside run --json` prints."""
-
-    text: str
-    token_ids: tuple[int, ...]  # everything sampled, an end token included
-    finish_reason: str  # "stop", "length" or "cancelled"
-    usage: Usage
-    timings: Timings
-    attention: Attended
-    executor: str
-    seed: int  # the one given, or the one drawn: the same seed gives the same text
-    peak_memory_bytes: int  # of the whole process so far
+    def grammar_of(self, vocabulary: Vocabulary) -> Grammar | None:
+        """The compiled constraint, None without one."""
+        made = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "grammar": Grammar.lark}
+        return next((made[one](getattr(self, one), vocabulary) for one in self.given), None)
 
 
 class LLM:
     """A loaded model. Options are the fields of `endside.engine.executors.Plan`."""
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        """Load a local folder or a hub name. Raises UserError, and nothing is kept, if it is wrong.
+        """Load a folder, .gguf file or hub name. UserError, and nothing is kept, if it is wrong.
 
         options: executor="auto", attention="auto", device="auto", dtype="auto", quant="none",
         group=128, head="auto", kv="auto", context=None, capacity=None, threads=None, max_batch=8.
         """
-        from endside.checkpoint import Checkpoint, resolve
+        from endside.models import open_model
         from endside.tokenizer import Tokenizer
 
         begin = time.perf_counter()
         plan = _build(Plan, options, "LLM")
-        checkpoint = Checkpoint.open(resolve(model), verify=False)  # `create` verifies
+        checkpoint = open_model(model, verify=False)  # `create` verifies
         tokenizer = Tokenizer.load(checkpoint.folder, whole=False)
         executor = create(checkpoint, plan)
         self._join(
@@ -153,9 +138,20 @@ class LLM:
         """Tokens that fit, prompt and answer together."""
         return self.engine.executor.context
 
-    def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Generation:
-        """Continue a text, or token ids as they are. sampling: the fields of SamplingConfig."""
-        return self.stream(prompt, **sampling).result()
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens that a constraint may use: those that print, control tokens left out."""
+        table = self.tokenizer.token_bytes(self.engine.executor.vocab_size)
+        for one in self.tokenizer.control_tokens.values():
+            table[one] = b""
+        return Vocabulary(table)
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+        """Continue a text, or token ids as they are.
+
+        options: the fields of SamplingConfig and of Shape.
+        """
+        return self.stream(prompt, **options).result()
 
     def chat(
         self,
@@ -164,11 +160,14 @@ class LLM:
         think: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
         control: bool = False,
-        **sampling: Any,
+        **options: Any,
     ) -> Generation:
         """Answer a conversation of {"role", "content"} messages in the model's own template."""
-        ids = self.render(messages, think=think, tools=tools, control=control)
-        return self.stream(ids, **sampling).result()
+        if not messages:
+            raise UserError("the conversation is empty: give at least one message")
+        return self.stream(
+            list(messages), think=think, tools=tools, control=control, **options
+        ).result()
 
     def stream(
         self,
@@ -177,30 +176,63 @@ class LLM:
         think: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
         control: bool = False,
-        **sampling: Any,
+        **options: Any,
     ) -> Stream:
         """The answer to a text, token ids or messages, piece by piece.
 
         control: names of control tokens, written out in the text, become these tokens.
+        options: the fields of SamplingConfig and of Shape.
 
         Everything that can be refused is refused here, before the first piece is asked for.
         """
-        if not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
+        own = {one.name for one in fields(Shape)} & options.keys()
+        shape = Shape(**{name: options.pop(name) for name in own})
+        config = _build(SamplingConfig, options, "sampling", also=Shape)
+        talks = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        if talks:
             ids = self.render(prompt, think=think, tools=tools, control=control)
-        elif think is None and tools is None:
+        elif think is None and tools is None and shape.thinking_budget is None:
             ids = self.encode(prompt, control=control)
         else:
-            raise UserError("think and tools belong to a chat: give messages, not a prompt")
-        config = _build(SamplingConfig, sampling, "sampling")
-        request = Request(ids, config.with_defaults(self.generation_config), self.stop_ids)
+            raise UserError(
+                "think, tools and thinking_budget belong to a chat: give messages, not a prompt"
+            )
+        constraint = shape.grammar_of(self.vocabulary) if shape.given else None
+        reader, thinking = None, None
+        if talks:
+            opened = chat.opens_reasoning(self.tokenizer, ids)
+            reader = Reader(opened=opened, tools=tools, read_calls=constraint is None)
+            thinking = self._thinking(shape, opened=opened, begin=bool(think) and not opened)
+        request = Request(
+            ids,
+            config.with_defaults(self.generation_config),
+            self.stop_ids,
+            constraint=constraint,
+            thinking=thinking,
+        )
         self.engine.check(request)
-        return Stream(self.engine, request, load_s=self.load_s)
+        return Stream(self.engine, request, reader=reader, load_s=self.load_s)
+
+    def _thinking(self, shape: Shape, *, opened: bool, begin: bool) -> Thinking | None:
+        """The rules of a thought, None where the model needs none. begin: it should think."""
+        strict = bool(shape.given)
+        if shape.thinking_budget is None and not strict:
+            return None
+        return Thinking(
+            self.engine.token_bytes or (),
+            partial(chat.spell, self.tokenizer),
+            chat.OPENERS,
+            budget=shape.thinking_budget,
+            opened=opened,
+            begin=begin and strict,
+            strict=strict,
+        )
 
     def generate_many(
-        self, prompts: Sequence[str | Sequence[int]], **sampling: Any
+        self, prompts: Sequence[str | Sequence[int]], **options: Any
     ) -> list[Generation]:
         """`generate` for several prompts at once; each answer is the one it would get alone."""
-        streams = [self.stream(prompt, **sampling) for prompt in prompts]
+        streams = [self.stream(prompt, **options) for prompt in prompts]
         for stream in streams:
             stream.start()
         try:
@@ -212,8 +244,6 @@ class LLM:
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` works: the model has a template, or the tokens of the usual one."""
-        from endside import chat
-
         return chat.can_chat(self.tokenizer)
 
     def encode(self, prompt: str | Sequence[int], *, control: bool = False) -> tuple[int, ...]:
@@ -238,8 +268,6 @@ class LLM:
         control: bool = False,
     ) -> tuple[int, ...]:
         """Token ids of a conversation that asks for the next answer."""
-        from endside import chat
-
         if not messages:
             raise UserError("the conversation is empty: give at least one message")
         ids = chat.render(self.tokenizer, list(messages), tools=tools, think=think, control=control)
@@ -271,101 +299,17 @@ class LLM:
             executor.close(seq)
 
 
-class Stream(Iterator[Piece]):
-    """An answer while it is written: iterate it, or ask for its `result`.
-
-    It starts with the first piece. `close`, or leaving a `with` block, cancels what is still
-    running and frees its memory, so an interrupted answer costs nothing; one that is merely dropped
-    is cancelled too, and freed by the engine's next step.
-    """
-
-    def __init__(self, engine: Engine, request: Request, *, load_s: float = 0.0) -> None:
-        self._engine = engine
-        self._request = request
-        self._load_s = load_s
-        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-        self._texts: list[str] = []
-        self._seen = 0  # tokens of the handle that are in some piece
-        self.handle: Handle | None = None
-
-    def start(self) -> Handle:
-        """Queue the request now, to run beside others; otherwise the first piece does it."""
-        if self.handle is None:
-            self.handle = self._engine.submit(self._request)
-        return self.handle
-
-    def __next__(self) -> Piece:
-        handle, first = self.start(), self._seen
-        while (token := handle.token(self._seen)) is not None:
-            self._seen += 1
-            text = self._decode(token.text, final=token.finish_reason is not None)
-            if text or token.finish_reason is not None:
-                self._texts.append(text)
-                return Piece(text, tuple(handle.token_ids[first : self._seen]))
-        raise StopIteration
-
-    def result(self) -> Generation:
-        """Run to the end and return the whole answer; after `close`, what there is of it."""
-        for _ in self:
-            pass
-        handle, executor = self.start(), self._engine.executor
-        prompt, answer = len(self._request.tokens), len(handle.token_ids)
-        times = handle.times
-        prefill_s = times.first - times.started if answer else 0.0
-        decode_s = times.finished - times.first if answer else 0.0
-        # The last token was sampled and not run: the token before it attended last.
-        seen = max(prompt, prompt + answer - 1)
-        return Generation(
-            text="".join(self._texts),
-            token_ids=tuple(handle.token_ids),
-            finish_reason=handle.finish_reason or "cancelled",
-            usage=Usage(prompt, answer),
-            timings=Timings(
-                load_s=self._load_s,
-                prefill_s=prefill_s,
-                prefill_tokens_per_s=prompt / prefill_s if answer else 0.0,
-                decode_s=decode_s,
-                decode_tokens_per_s=(answer - 1) / decode_s if answer > 1 else 0.0,
-            ),
-            attention=Attended(*executor.attention(seen)),
-            executor=executor.name,
-            seed=handle.seed,
-            peak_memory_bytes=peak_memory(),
-        )
-
-    def close(self) -> None:
-        """Cancel what is still running and free its memory; without effect on a finished answer."""
-        handle = self.start()
-        if not handle.done:
-            handle.cancel()
-            self._engine.release()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # Collection may strike inside a step, so this only leaves a mark.
-        if self.handle is not None:
-            self.handle.cancel()
-
-
 def _engine(executor: Executor, tokenizer: Tokenizer, max_batch: int) -> Engine:
-    return Engine(executor, tokenizer.token_bytes(executor.vocab_size), max_batch=max_batch)
+    table = tokenizer.token_bytes(executor.vocab_size, shown=chat.ANSWER_MARKS)
+    return Engine(executor, table, max_batch=max_batch)
 
 
-def peak_memory() -> int:
-    """The most main memory this process has held, in bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _build(kind: type[Config], values: dict[str, Any], where: str) -> Config:
-    known = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+def _build(
+    kind: type[Config], values: dict[str, Any], where: str, *, also: type | None = None
+) -> Config:
+    """also: a dataclass whose names the user may have meant as well."""
+    names = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+    known = names + [one.name for one in fields(also)] if also else names
     for name in values:
         if name not in known:
             near = get_close_matches(name, known, n=1, cutoff=0.0)

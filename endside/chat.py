@@ -40,6 +40,7 @@ ROLES = ("system", "user", "assistant", "tool")
 TURN = ("<|im_start|>", "<|im_end|>")
 EMPTY_THOUGHT = "<think>\n\n</think>\n"
 OPENERS = {"<think>": "</think>", "<|thought_start|>": "<|thought_end|>"}
+LEAD = "\n\u4e00"  # no vocabulary joins these to what follows
 # what a model writes inside an answer; in an assistant's content these stay control tokens
 ANSWER_MARKS = frozenset(
     [
@@ -142,6 +143,23 @@ def opens_reasoning(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
     """Whether a rendered prompt ends inside a think block that it opened."""
     tail = tokenizer.decode(ids[-16:], skip_special=False).rstrip()
     return tail.endswith(tuple(OPENERS))
+
+
+def spell(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids that continue an answer with a text; markers in it are control tokens where there are.
+
+    As a model writes it: without the space that some vocabularies put before a text.
+    """
+    ids: list[int] = []
+    for part, token in tokenizer.split(text):
+        if token is not None:
+            ids.append(token)
+            continue
+        before = tokenizer.encode_run(LEAD, first=False)[0]
+        both = tokenizer.encode_run(LEAD + part, first=False)[0]
+        alone = both[: len(before)] == before
+        ids += both[len(before) :] if alone else tokenizer.encode_run(part, first=False)[0]
+    return ids
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import codecs
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -190,13 +190,17 @@ class Tokenizer:
         stream = Detokenizer(self, skip_special=skip_special, at_start=at_start)
         return "".join([*map(stream.push, ids), stream.flush()])
 
-    def token_bytes(self, vocab_size: int | None = None) -> list[bytes]:
-        """id -> the bytes it appends; special tokens append b"".
+    def token_bytes(
+        self, vocab_size: int | None = None, *, shown: Collection[str] = ()
+    ) -> list[bytes]:
+        """id -> the bytes it appends; special tokens append b"", those named in `shown` their name.
 
         vocab_size: fill up with b"" to the size of a model with a padded vocabulary.
         """
-        missing = max(0, (vocab_size or 0) - self.vocab_size)
-        return [*self._bytes, *[b""] * missing]
+        table = [*self._bytes, *[b""] * max(0, (vocab_size or 0) - self.vocab_size)]
+        for name in self.control_tokens.keys() & shown:
+            table[self.control_tokens[name]] = name.encode("utf-8")
+        return table
 
     @property
     def vocab_size(self) -> int:

@@ -59,7 +59,7 @@ def torch_llm(folder: Path) -> LLM:
 def _free(llm: LLM) -> int:
     """Tokens for which the cache has room."""
     executor = llm.engine.executor
-    return executor.cache.free if executor.name == "torch" else executor.sequences.free
+    return executor.cache.room() if executor.name == "torch" else executor.sequences.room()
 
 
 def test_generate_says_what_it_did(llm: LLM) -> None:
@@ -176,7 +176,7 @@ def test_logits_are_those_of_one_plain_forward(torch_llm: LLM) -> None:
     assert got.dtype == np.float32
     scale = float(expected.abs().max())
     np.testing.assert_allclose(got, expected.numpy(), rtol=0, atol=1e-5 * scale)
-    assert executor.cache.free == executor.capacity
+    assert executor.cache.room() == executor.capacity
 
 
 def test_many_prompts_get_the_answers_they_get_alone(folder: Path) -> None:
@@ -216,7 +216,7 @@ def test_an_interrupt_leaves_a_usable_model(
     with pytest.raises(KeyboardInterrupt):
         list(stream)
     stream.close()
-    assert executor.cache.free == executor.capacity
+    assert executor.cache.room() == executor.capacity
     assert llm.generate("Once", max_tokens=8).token_ids == expected.token_ids
 
 

@@ -1,11 +1,14 @@
-"""The loop that turns requests into tokens: schedule, run, sample, retire.
+"""The loop that turns requests into tokens: schedule, run, choose, retire.
 
 Everything here speaks token ids and numpy; the model is behind the `Executor` protocol and text is
 only known as a `TokenBytes` table (id -> bytes) for stop strings. Given an executor whose rows do
 not influence each other, a request's tokens depend on its prompt, its sampling values and its seed
-alone: on no other request, not on the order of arrival and not on `max_batch`. What makes that true
-is fixed chunk borders (`scheduler`), one random stream per request (`sampler`), and no shared state
-anywhere else.
+alone: on no other request, not on the order of arrival, not on `max_batch`, and not on drafts or
+cached prefixes. What makes that true is fixed chunk borders (`scheduler`), one random stream per
+request (`choice`), the walk over a draft (`draft`), and no shared state anywhere else.
+
+A step runs one prompt chunk, verifies the draft tree of every sequence that has one, and decodes
+the others together, a token each.
 
 One thread steps. `submit` and `Handle.cancel` may be called from others.
 """
@@ -17,9 +20,12 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
+from endside.engine.choice import Chosen
+from endside.engine.draft import MAX_ROWS, Drafts, FixedSize, Size, Tree, check_drafts
 from endside.engine.executor import Executor
+from endside.engine.prefix import PrefixCache
 from endside.engine.request import Handle, Request, Token
-from endside.engine.sampler import fresh_seed, sample
+from endside.engine.sampler import fresh_seed
 from endside.engine.scheduler import Scheduler, Sequence
 from endside.errors import UserError
 
@@ -38,16 +44,27 @@ class Engine:
         *,
         max_batch: int = 8,
         prefill_chunk: int = PREFILL_CHUNK,
+        prefix_cache: bool = True,
+        drafts: Drafts | None = None,
+        size: Size | None = None,
     ) -> None:
+        """drafts: guesses to verify, None: none; size: how large they should be."""
         if max_batch < 1 or prefill_chunk < 1:
             raise UserError(
                 f"engine max_batch {max_batch} and prefill_chunk {prefill_chunk}: "
                 "both must be at least 1"
             )
+        if drafts is not None:
+            check_drafts(drafts, executor.vocab_size)
+            if drafts.feature_layers:
+                executor.feature_layers = drafts.feature_layers
         self.executor = executor
         self.token_bytes = token_bytes
         self.prefill_chunk = prefill_chunk
-        self.scheduler = Scheduler(executor, max_batch=max_batch)
+        self.drafts = drafts
+        self.size = size or FixedSize()
+        self.prefixes = PrefixCache(executor, chunk=prefill_chunk, on=prefix_cache)
+        self.scheduler = Scheduler(executor, self.prefixes, token_bytes, max_batch=max_batch)
         self._numbers = itertools.count()
 
     @property
@@ -93,66 +110,176 @@ class Engine:
         return handle
 
     def step(self) -> list[Token]:
-        """Run one prompt chunk and one token of every answering sequence; returns new tokens."""
+        """Run one prompt chunk and a pass of every answering sequence; returns the new tokens."""
         self.scheduler.reap()
         self.scheduler.settle()
         self.scheduler.admit()
         # Decode first: a prompt that ends in this step gets its second token in the next one.
-        rows = [*self._decode(self.scheduler.decoding()), *self._prefill()]
-        tokens = [self._take(sequence, logits) for sequence, logits in rows]
+        answering = self.scheduler.decoding()
+        tokens = [*self._answer(answering), *self._prefill()]
         self.scheduler.reap()
-        return [token for token in tokens if token is not None]
+        return tokens
 
     def release(self) -> None:
         """Give back the pages of what was cancelled, without running a step."""
         self.scheduler.reap()
 
-    def _prefill(self) -> list[tuple[Sequence, np.ndarray]]:
+    def _prefill(self) -> list[Token]:
         sequence = self.scheduler.next_prompt()
         if sequence is None:
             return []
         if not sequence.handle.times.started:
             sequence.handle.mark("started")
-        chunk = sequence.chunk(self.prefill_chunk)
-        if sequence.stored + len(chunk) < sequence.prompt:
+        self._share(sequence)
+        if sequence.drafter is None and self.drafts is not None:
+            sequence.drafter = self.drafts.start(sequence.handle.request)
+        chunk, choice = sequence.chunk(self.prefill_chunk), sequence.choice
+        if sequence.prefilled + len(chunk) < choice.prompt:
             self.executor.prefill(sequence.slot, chunk, logits="none")
-            sequence.stored += len(chunk)
+            sequence.prefilled += len(chunk)
+            self.prefixes.note(sequence.slot, choice.tokens[: sequence.prefilled])
+            self._observe(sequence, chunk)
             return []
+        choice.prepare()
         logits = self.executor.prefill(sequence.slot, chunk, logits="last")
         assert logits is not None, "logits of the last position were asked for"
-        return [(sequence, logits)]
+        tokens = self._deliver(sequence, self._walk(sequence, logits[None]))
+        self.prefixes.note(sequence.slot, choice.tokens[: choice.prompt])
+        self._observe(sequence, chunk)
+        return tokens
 
-    def _decode(self, sequences: list[Sequence]) -> list[tuple[Sequence, np.ndarray]]:
+    def _share(self, sequence: Sequence) -> None:
+        """Take over what another sequence has stored of the same prompt meanwhile."""
+        choice, handle = sequence.choice, sequence.handle
+        limit = choice.length + choice.room
+        slot, stored = self.prefixes.further(
+            sequence.slot, choice.tokens, sequence.prefilled, limit
+        )
+        handle.reused += stored - sequence.prefilled
+        sequence.slot, sequence.prefilled = slot, stored
+
+    def _answer(self, sequences: list[Sequence]) -> list[Token]:
+        """One pass for each: a draft tree by itself, or a token in a batch with others."""
+        plain, tokens = [], []
+        for sequence in sequences:
+            tree = self._guess(sequence, len(sequences))
+            if len(tree):
+                tokens += self._verify(sequence, tree)
+            else:
+                plain.append(sequence)
+        return tokens + self._decode(plain)
+
+    def _decode(self, sequences: list[Sequence]) -> list[Token]:
         if not sequences:
             return []
-        tokens = np.array([one.tokens[-1] for one in sequences], dtype=np.int64)
-        logits = self.executor.decode([one.slot for one in sequences], tokens)
-        return list(zip(sequences, logits, strict=True))
+        last = np.array([one.choice.tokens[-1] for one in sequences], dtype=np.int64)
+        for sequence in sequences:
+            sequence.choice.prepare()
+        logits = self.executor.decode([one.slot for one in sequences], last)
+        tokens: list[Token] = []
+        for sequence, token, row in zip(sequences, last, logits, strict=True):
+            tokens += self._deliver(sequence, self._walk(sequence, row[None]))
+            self._observe(sequence, np.array([token]))
+        return tokens
 
-    def _take(self, sequence: Sequence, logits: np.ndarray) -> Token | None:
-        """Sample the next token of `sequence` and deliver it, or its error."""
-        handle = sequence.handle
+    def _guess(self, sequence: Sequence, running: int) -> Tree:
+        """The draft to verify now; tokens that are settled already go before any guess."""
+        # The root's row takes a token of the room, and the last token is stored by no pass.
+        depth = sequence.choice.room - 1
+        if depth < 1:
+            return Tree.empty()
+        rows = MAX_ROWS - 1
+        settled = sequence.choice.settled() if self.drafts or self.executor.row_exact else []
+        if settled:
+            return Tree.chain(settled).cut(rows, depth)
+        if sequence.drafter is None:
+            return Tree.empty()
+        rows = min(rows, self.size.rows(running))
+        if rows < 1:
+            return Tree.empty()
+        tree = sequence.drafter.propose(sequence.choice.tokens, rows)
+        tree.check(self.executor.vocab_size)
+        return tree.cut(rows, depth)
+
+    def _verify(self, sequence: Sequence, tree: Tree) -> list[Token]:
+        """Run the last token and a tree behind it; keep the path that the model itself takes."""
+        choice = sequence.choice
+        rows = np.concatenate([choice.tokens[-1:], tree.tokens])
+        parents = np.concatenate([[-1], tree.parents + 1]).astype(np.int32)
+        choice.prepare()
+        logits = self.executor.verify(sequence.slot, rows, parents)
+        path = [0]
+        steps = self._walk(sequence, logits, tree, path)
+        if sequence.handle.done:
+            return []
+        self.executor.accept(sequence.slot, path)
+        self.size.record(tree, len(path) - 1)
+        tokens = self._deliver(sequence, steps)
+        self._observe(sequence, rows[path], path)
+        return tokens
+
+    def _walk(
+        self,
+        sequence: Sequence,
+        logits: np.ndarray,
+        tree: Tree | None = None,
+        path: list[int] | None = None,
+    ) -> list[Chosen]:
+        """Choose at the root, then at the child chosen, as far as the tree goes.
+
+        logits (T, V): of the root and the tree's nodes. path: the rows gone through are added.
+        """
+        handle, row = sequence.handle, 0
+        steps: list[Chosen] = []
         if handle.done:
-            return None
+            return steps
+        children = _children(tree)
         try:
-            chosen = sample(logits, sequence.tokens, handle.request.sampling, sequence.rng)
+            while True:
+                chosen = sequence.choice.take(logits[row])
+                if chosen is None:
+                    handle.finish("stop")
+                    return steps
+                steps.append(chosen)
+                next_row = children.get((row, chosen.id))
+                if chosen.finish_reason is not None or next_row is None or path is None:
+                    return steps
+                row = next_row
+                path.append(row)
         except UserError as error:
             handle.fail(error)
-            return None
-        sequence.add(chosen)
-        text, reason = self._ending(sequence, chosen)
-        token = Token(handle.number, chosen, text, reason)
-        handle.deliver(token)
-        return token
+            return steps
 
-    def _ending(self, sequence: Sequence, token: int) -> tuple[bytes, str | None]:
-        """The bytes to show with this token, and why it is the last one, if it is."""
-        stops = sequence.stops
-        if token in sequence.handle.request.stop_ids:
-            return stops.flush(), "stop"
-        text = stops.push(self.token_bytes[token] if self.token_bytes is not None else b"")
-        if stops.matched:
-            return text, "stop"
-        if sequence.full:
-            return text + stops.flush(), "length"
-        return text, None
+    def _deliver(self, sequence: Sequence, steps: list[Chosen]) -> list[Token]:
+        handle = sequence.handle
+        tokens = []
+        if steps:
+            handle.runs += 1
+        for one in steps:
+            if handle.done:
+                break
+            token = Token(handle.number, one.id, one.text, one.finish_reason, one.logprob, one.top)
+            handle.deliver(token)
+            tokens.append(token)
+        return tokens
+
+    def _observe(
+        self, sequence: Sequence, stored: np.ndarray, path: list[int] | None = None
+    ) -> None:
+        """Show the drafter what was stored. path: rows of a verified tree, else all rows."""
+        if sequence.drafter is None:
+            return
+        features = None
+        if self.drafts is not None and self.drafts.feature_layers:
+            features = self.executor.features(sequence.slot)
+            features = features[path] if path is not None else features[-len(stored) :]
+        sequence.drafter.accepted(stored, features)
+
+
+def _children(tree: Tree | None) -> dict[tuple[int, int], int]:
+    """(row of the parent, token) -> row, the root being row 0; of equal siblings the first."""
+    found: dict[tuple[int, int], int] = {}
+    if tree is not None:
+        for row, (token, parent) in enumerate(zip(tree.tokens.tolist(), tree.parents.tolist())):
+            found.setdefault((parent + 1, token), row + 1)
+    return found

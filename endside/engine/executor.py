@@ -7,6 +7,7 @@ without PyTorch never loads it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ class Executor(Protocol):
     vocab_size: int
     context: int  # longest sequence, in tokens
     capacity: int  # tokens in the whole page pool, page-rounded
+    row_exact: bool  # a row's bits depend on its sequence alone, not on how rows are cut or batched
 
     def open(self, tokens: int) -> int:
         """Reserve pages for a sequence of at most `tokens`. Raises Full when they are taken."""
@@ -55,8 +57,19 @@ class Executor(Protocol):
         """Forget every token of `seq` from position `length` on."""
         ...
 
-    def fork(self, seq: int, tokens: int) -> int:
-        """A new sequence that shares `seq`'s stored tokens, with room for `tokens` in all."""
+    def fork(self, seq: int, tokens: int, length: int | None = None) -> int:
+        """A new sequence that shares `seq`'s first `length` stored tokens (None: all of them).
+
+        It has room for `tokens` in all. Raises Full.
+        """
+        ...
+
+    def shrink(self, seq: int, tokens: int) -> None:
+        """Keep the first `tokens` tokens and give back the pages that only more would need."""
+        ...
+
+    def room(self, closing: Iterable[int] = ()) -> int:
+        """Tokens that `open` finds pages for, or would if these sequences were closed."""
         ...
 
     def close(self, seq: int) -> None:
@@ -65,4 +78,24 @@ class Executor(Protocol):
 
     def attention(self, length: int) -> tuple[str, int]:
         """How the last of `length` tokens attends: "dense" or "sparse", and the keys it sees."""
+        ...
+
+    def identity(self) -> str:
+        """A digest of all that the keys of a sequence depend on: weights, shape, rope, cache."""
+        ...
+
+    def export(self, seq: int, tokens: int) -> dict[str, np.ndarray]:
+        """What is stored of the first `tokens` tokens of `seq`, compressed keys too, for a file."""
+        ...
+
+    def restore(self, arrays: Mapping[str, np.ndarray], tokens: int) -> int:
+        """A sequence of `tokens` stored tokens from what `export` gave. Raises Full, UserError."""
+        ...
+
+    def trace(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """Run tokens (T,) by themselves -> what each stage gives, float32, in order of the stages.
+
+        "embed" (T, C), "layer 0" (T, C): the residual stream behind each layer, …, "norm" (T, C),
+        "logits" (T, V).
+        """
         ...

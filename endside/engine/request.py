@@ -15,12 +15,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from endside.errors import UserError
+
+if TYPE_CHECKING:
+    from endside.engine.grammar import Grammar
+    from endside.engine.thinking import Thinking
+
+
+MOST_LOGPROBS = 20  # as OpenAI's servers allow
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,10 @@ class SamplingConfig:
     top_k: int | None = None  # that many most likely tokens; 0: off
     min_p: float | None = None  # at least this share of the best token's probability; 0: off
     repetition_penalty: float | None = None  # > 1 makes tokens of prompt and answer rarer; 1: off
+    presence_penalty: float | None = None  # off the logit of a token the answer has; 0: off
+    frequency_penalty: float | None = None  # the same for every time it has it; 0: off
+    logit_bias: Mapping[int, float] | None = None  # token id -> added to its logit
+    logprobs: int | None = None  # report log-probabilities, with so many alternatives
     seed: int | None = None  # None: fresh entropy; the seed used is reported in the result
     stop: tuple[str, ...] = ()  # the answer ends before the first of these
 
@@ -45,6 +56,12 @@ class SamplingConfig:
         _within("top_p", self.top_p, least=0.0, most=1.0, open_below=True)
         _within("min_p", self.min_p, least=0.0, most=1.0)
         _within("repetition_penalty", self.repetition_penalty, least=0.0, open_below=True)
+        _within("presence_penalty", self.presence_penalty, least=-2.0, most=2.0)
+        _within("frequency_penalty", self.frequency_penalty, least=-2.0, most=2.0)
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        _whole("logprobs", self.logprobs, least=0)
+        if self.logprobs is not None and self.logprobs > MOST_LOGPROBS:
+            raise UserError(f"logprobs is {self.logprobs}: at most {MOST_LOGPROBS} alternatives")
         if self.temperature == 0:
             self._refuse_filters("temperature 0")
 
@@ -105,6 +122,22 @@ def _texts(stop: object) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _bias(bias: object) -> dict[int, float] | None:
+    """Token ids as numbers (JSON writes them as text) with values within -100 and 100."""
+    if not bias:
+        return None
+    if not isinstance(bias, Mapping):
+        raise UserError(f"logit_bias {bias!r} is no map from token ids to numbers")
+    found = {}
+    for key, value in bias.items():
+        token = int(key) if isinstance(key, str) and key.isdecimal() else key
+        if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
+            raise UserError(f"logit_bias has {key!r}: give token ids, whole numbers of at least 0")
+        _within(f"logit_bias of token {token}", value, least=-100.0, most=100.0)
+        found[int(token)] = float(value)
+    return found
+
+
 def _whole(name: str, value: object, *, least: int) -> None:
     if value is None:
         return
@@ -142,6 +175,8 @@ class Request:
     tokens: tuple[int, ...]
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     stop_ids: frozenset[int] = frozenset()
+    constraint: Grammar | None = None  # the answer, once its thought is over, fits this
+    thinking: Thinking | None = None  # None: the thought ends where the model ends it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", tuple(int(token) for token in self.tokens))
@@ -158,6 +193,8 @@ class Token:
     id: int
     text: bytes  # what may be shown now: withheld bytes of an open stop string come later or never
     finish_reason: str | None = None  # set on the last token: "stop" or "length"
+    logprob: float | None = None  # where the request asked for logprobs
+    top: tuple[tuple[int, float], ...] = ()  # most likely tokens and theirs, best first
 
 
 @dataclass(frozen=True)
@@ -184,6 +221,8 @@ class Handle:
         self.token_ids: list[int] = []  # everything sampled, the ending token included
         self.finish_reason: str | None = None  # "stop", "length" or "cancelled"
         self.error: UserError | None = None
+        self.reused = 0  # prompt tokens that the prefix cache had
+        self.runs = 0  # passes of the model that brought tokens: fewer than tokens with a draft
         self.times = Times(submitted=time.perf_counter())
         self._step = step
         self._ready: list[Token] = []

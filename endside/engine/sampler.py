@@ -1,23 +1,27 @@
-"""From logits to one token: penalty, temperature, top-k, top-p, min-p, one draw.
+"""From logits to one token: penalties, bias, mask, temperature, top-k, top-p, min-p, one draw.
 
 The order and the meaning of each filter are those of the `transformers` library, so that a model's
-published settings mean what its authors measured:
+published settings mean what its authors measured; presence, frequency and bias are OpenAI's:
 
     penalty r      a token seen in prompt or answer: l / r where l > 0, l * r where l < 0
+    presence p     a token seen in the answer: l - p
+    frequency f    a token seen n times in the answer: l - n f
+    bias b         l + b for the tokens it names; then -inf for what a grammar does not allow
     temperature t  l / t
     top-k          keep every logit >= the k-th largest (ties stay)
     top-p          sorted upward, drop tokens while the running probability is <= 1 - p
     min-p          drop probabilities below min_p * the largest
 
-Filters shrink a list of candidate ids; probabilities are float64 throughout. Greedy takes the
-largest logit, the lowest id among equals. Otherwise one uniform number u is drawn per token and
-the first candidate (in id order) with cumulative probability > u wins: the n-th token of a request
-depends on its seed, n and its logits only, never on what else runs.
+Filters shrink a list of candidate ids; probabilities are float64 throughout. One uniform number u
+is drawn per token. Greedy does not look at it and takes the largest logit, the lowest id among
+equals; otherwise the first candidate (in id order) with cumulative probability > u wins: the n-th
+token of a request depends on its seed, n and its logits only, never on what else runs.
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 
 import numpy as np
 
@@ -36,11 +40,23 @@ def generator(seed: int) -> np.random.Generator:
 
 
 def sample(
-    logits: np.ndarray, history: np.ndarray, config: SamplingConfig, rng: np.random.Generator
+    logits: np.ndarray,
+    history: np.ndarray,
+    config: SamplingConfig,
+    rng: np.random.Generator,
+    *,
+    prompt: int = 0,
+    allow: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> int:
-    """The next token. logits (V,) float32; history (S,) int64: prompt and answer so far."""
-    logits = _penalised(logits, history, config.repetition_penalty)
-    best = float(logits.max())
+    """The next token. logits (V,) float32; history (S,) int64, `prompt` tokens and then the answer.
+
+    allow: logits -> logits with -inf for the tokens that may not come.
+    """
+    drawn = rng.random()
+    adjusted = _penalised(logits, history, config, prompt)
+    if allow is not None:
+        adjusted = allow(adjusted)
+    best = float(adjusted.max())
     # NaN wins over everything in max(); +inf and an all -inf row leave no distribution either.
     if not np.isfinite(best):
         raise UserError(
@@ -48,11 +64,24 @@ def sample(
             "the checkpoint is damaged or its numbers overflow; try --dtype float32"
         )
     if config.greedy:
-        return int(logits.argmax())
-    ids, probabilities = distribution(logits, config)
+        return int(adjusted.argmax())
+    ids, probabilities = distribution(adjusted, config)
     cumulative = np.cumsum(probabilities)
-    drawn = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
-    return int(ids[drawn])
+    return int(ids[np.searchsorted(cumulative, drawn * cumulative[-1], side="right")])
+
+
+def log_probabilities(
+    logits: np.ndarray, token: int, count: int
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Of `token`, and of the `count` most likely ones, best first: the model's own, unfiltered."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max()
+    scores -= np.log(np.exp(scores).sum())
+    best = np.argpartition(-scores, min(count, len(scores) - 1))[:count] if count else []
+    ranked = sorted(
+        ((int(one), float(scores[one])) for one in best), key=lambda it: (-it[1], it[0])
+    )
+    return float(scores[token]), tuple(ranked)
 
 
 def distribution(logits: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -71,13 +100,27 @@ def distribution(logits: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray
     return ids, weights / weights.sum()
 
 
-def _penalised(logits: np.ndarray, history: np.ndarray, penalty: float | None) -> np.ndarray:
-    if penalty is None or penalty == 1:
+def _penalised(
+    logits: np.ndarray, history: np.ndarray, config: SamplingConfig, prompt: int
+) -> np.ndarray:
+    """The logits after penalties and bias; the same array where none acts."""
+    repetition, bias = config.repetition_penalty, config.logit_bias
+    presence, frequency = config.presence_penalty or 0.0, config.frequency_penalty or 0.0
+    answer = history[prompt:]
+    counted = bool(presence or frequency) and len(answer) > 0
+    repeats = repetition is not None and repetition != 1
+    if not (counted or repeats or bias):
         return logits
     logits = logits.copy()
-    # Ids repeated in the history write the same value twice.
-    seen = logits[history]
-    logits[history] = np.where(seen < 0, seen * penalty, seen / penalty)
+    if repeats:
+        # Ids repeated in the history write the same value twice.
+        seen = logits[history]
+        logits[history] = np.where(seen < 0, seen * repetition, seen / repetition)
+    if counted:
+        ids, counts = np.unique(answer, return_counts=True)
+        logits[ids] -= (presence + frequency * counts).astype(np.float32)
+    for token, value in (bias or {}).items():
+        logits[token] += np.float32(value)
     return logits
 
 

@@ -7,75 +7,71 @@ none overtakes: a large one at the head is not starved by small ones behind it.
 Each step runs one chunk of one prompt, taken in turn, beside one token of every sequence that
 already answers, so a long prompt slows the others by one chunk per token and never freezes them.
 Chunk borders are multiples of `prefill_chunk` counted from the sequence's own start. They are never
-moved to fill a batch: floating-point sums depend on how rows are cut, and the same seed must give
-the same text whatever else is running. For the same reason a shared prefix may only be taken over
-in whole chunks: `Sequence.stored` is where a sequence starts, and it must stay such a multiple.
+moved to fill a batch: floating-point sums may depend on how rows are cut, and the same seed must
+give the same text whatever else is running. For the same reason the prefix cache hands over whole
+chunks only, where the executor is not exact row by row.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Items
 
 import numpy as np
 
+from endside.engine.choice import Choice
+from endside.engine.draft import Drafter
 from endside.engine.executor import Executor, Full
+from endside.engine.prefix import PrefixCache
 from endside.engine.request import Handle
-from endside.engine.sampler import generator
-from endside.engine.stops import StopStrings
 
 
 class Sequence:
-    """An admitted request: its tokens so far, and how many of them the executor has stored."""
+    """An admitted request: the executor's number of it, and how far its prompt has been run.
 
-    def __init__(self, handle: Handle, *, slot: int, limit: int, turn: int) -> None:
-        prompt = handle.request.tokens
+    What it has stored follows from the tokens delivered: an interrupt anywhere between running and
+    delivering leaves a state that `Scheduler.settle` can repeat from.
+    """
+
+    def __init__(self, handle: Handle, choice: Choice, *, slot: int, prefilled: int, turn: int):
         self.handle = handle
-        self.slot = slot  # the executor's number of this sequence
-        self.prompt = len(prompt)
-        self.length = len(prompt)
-        self.stored = 0
+        self.choice = choice
+        self.slot = slot
+        self.prefilled = prefilled  # prompt tokens stored; the last chunk does not count
         self.turn = turn  # the step that last ran a chunk of this prompt
-        self.stops = StopStrings(handle.request.sampling.stop)
-        self.rng = generator(handle.seed)
-        self._tokens = np.empty(limit, dtype=np.int64)
-        self._tokens[: self.length] = prompt
+        self.drafter: Drafter | None = None
 
     @property
     def prefilling(self) -> bool:
         """True while part of the prompt has not been run."""
-        return self.stored < self.prompt
+        return not self.handle.token_ids
 
     @property
-    def full(self) -> bool:
-        """True when no further token may be added."""
-        return self.length == len(self._tokens)
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Prompt and answer so far, (S,) int64."""
-        return self._tokens[: self.length]
-
-    def add(self, token: int) -> None:
-        """One sampled token; the executor has stored all before it and gets it in the next step.
-
-        `stored` moves only here and after a chunk that is not the last: an interrupt anywhere
-        between running and sampling leaves a state that `settle` can repeat from.
-        """
-        self.stored = self.length
-        self._tokens[self.length] = token
-        self.length += 1
+    def stored(self) -> int:
+        """Tokens the executor has stored: all but the one sampled last."""
+        answer = len(self.handle.token_ids)
+        return self.choice.prompt + answer - 1 if answer else self.prefilled
 
     def chunk(self, size: int) -> np.ndarray:
         """The next prompt tokens, up to the next multiple of `size`."""
-        end = min((self.stored // size + 1) * size, self.prompt)
-        return self._tokens[self.stored : end]
+        end = min((self.prefilled // size + 1) * size, self.choice.prompt)
+        return self.choice.tokens[self.prefilled : end]
 
 
 class Scheduler:
     """The queue and the running set of one executor."""
 
-    def __init__(self, executor: Executor, *, max_batch: int) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        prefixes: PrefixCache,
+        token_bytes: Items[bytes] | None = None,
+        *,
+        max_batch: int,
+    ) -> None:
         self.executor = executor
+        self.prefixes = prefixes
+        self.token_bytes = token_bytes
         self.max_batch = max_batch
         self.waiting: deque[tuple[Handle, int]] = deque()
         self.running: list[Sequence] = []
@@ -89,7 +85,12 @@ class Scheduler:
         """Give back the pages of everything that has ended, and forget it."""
         for sequence in [one for one in self.running if one.handle.done]:
             self.running.remove(sequence)
-            self.executor.close(sequence.slot)
+            if sequence.drafter is not None:
+                sequence.drafter.close()
+            choice = sequence.choice
+            self._forget(sequence)
+            stored = choice.tokens[: sequence.stored]
+            self.prefixes.close(sequence.slot, stored, min(choice.prompt, len(stored)))
         # Only the head is looked at: a cancelled request further back goes when it gets there.
         while self.waiting and self.waiting[0][0].done:
             self.waiting.popleft()
@@ -97,22 +98,36 @@ class Scheduler:
     def settle(self) -> None:
         """Drop what an interrupted step stored without our taking note of it."""
         for sequence in self.running:
-            if self.executor.length(sequence.slot) > sequence.stored:
-                self.executor.trim(sequence.slot, sequence.stored)
+            self._settle(sequence)
+
+    def _settle(self, sequence: Sequence) -> None:
+        answer, choice = sequence.handle.token_ids, sequence.choice
+        if choice.length != choice.prompt + len(answer):
+            choice.rewind(answer)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        if self.executor.length(sequence.slot) > sequence.stored:
+            self.executor.trim(sequence.slot, sequence.stored)
 
     def admit(self) -> None:
         """Start waiting requests, first come first served, while rows and pages last."""
         while self.waiting and len(self.running) < self.max_batch:
             handle, limit = self.waiting[0]
             if not handle.done:
+                choice = Choice(
+                    handle.request, handle.seed, limit=limit, token_bytes=self.token_bytes
+                )
                 try:
-                    slot = self.executor.open(limit)
+                    slot, stored = self.prefixes.open(choice.tokens, limit)
                 except Full:
                     assert self.running, f"no sequence runs, yet {limit} tokens find no free pages"
                     return
                 self._turn += 1
-                sequence = Sequence(handle, slot=slot, limit=limit, turn=self._turn)
-                self.running.append(sequence)
+                handle.reused = stored
+                self.running.append(
+                    Sequence(handle, choice, slot=slot, prefilled=stored, turn=self._turn)
+                )
             self.waiting.popleft()
 
     def decoding(self) -> list[Sequence]:

@@ -10,6 +10,7 @@ operation exact:
     trim     forgets a tail: a summary is valid iff its window is, so lengths say everything
     accept   gathers the kept rows of a draft tree, then pools from the tree's start again
     fork     shares full pages and copies the last, partial one; a shared page is copied on write
+    shrink   gives back the pages behind the last token that is kept
 
 A sequence gets consecutive pages where the pool has them, so that `view` is a slice; scattered
 pages are gathered. Memory is allocated once; nothing here grows.
@@ -17,15 +18,21 @@ pages are gathered. Memory is allocated once; nothing here grows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import numpy as np
 import torch
 
+from endside.errors import UserError
 from endside.model.config import ModelConfig
 from endside.ops.infllm.reference import compress
 
 PAGE = 64  # tokens; equals the block size of sparse attention
+
+
+Rows = slice | torch.Tensor  # entries of a pool
 
 
 class CacheFull(Exception):
@@ -71,11 +78,6 @@ class Cache:
     def capacity(self) -> int:
         """Tokens the whole pool holds."""
         return self.pages * PAGE
-
-    @property
-    def free(self) -> int:
-        """Tokens for which pages are free."""
-        return self._users.count(0) * PAGE
 
     def open(self, tokens: int) -> int:
         """Reserve pages for a sequence of at most `tokens` -> its number. Raises CacheFull."""
@@ -143,22 +145,82 @@ class Cache:
             for layer in range(self._keys.shape[0]):
                 self._summarise(layer, state, state.base, state.stored)
 
-    def fork(self, seq: int, tokens: int) -> int:
-        """A new sequence with the same stored tokens and room for `tokens` in all."""
+    def fork(self, seq: int, tokens: int, length: int | None = None) -> int:
+        """A new sequence with the first `length` stored tokens, or all; room for `tokens`."""
         source = self._sequences[seq]
-        assert tokens >= source.stored, f"{source.stored} tokens do not fit in {tokens}"
-        full = source.stored // PAGE
+        stored = source.stored if length is None else length
+        assert stored <= source.stored, f"{stored} tokens are asked for, {source.stored} are stored"
+        assert tokens >= stored, f"{stored} tokens do not fit in {tokens}"
+        full = stored // PAGE
         fresh = self._take(-(-tokens // PAGE) - full)
         for page in source.pages[:full]:
             self._users[page] += 1
-        if source.stored % PAGE:
+        if stored % PAGE:
             self._copy(source.pages[full], fresh[0])
-        return self._add(_Sequence(source.pages[:full] + fresh, source.stored, source.stored))
+        return self._add(_Sequence(source.pages[:full] + fresh, stored, stored))
+
+    def shrink(self, seq: int, tokens: int) -> None:
+        """Forget the tokens from number `tokens` on, and give back the pages behind them."""
+        state = self._sequences[seq]
+        self.trim(seq, min(tokens, state.stored))
+        kept = -(-tokens // PAGE)
+        for page in state.pages[kept:]:
+            self._users[page] -= 1
+        del state.pages[kept:]
+
+    def room(self, closing: Iterable[int] = ()) -> int:
+        """Tokens for which pages are free, or would be if these sequences were closed."""
+        users = list(self._users)
+        for seq in closing:
+            for page in self._sequences[seq].pages:
+                users[page] -= 1
+        return users.count(0) * PAGE
+
+    def export(self, seq: int, tokens: int) -> dict[str, np.ndarray]:
+        """The bytes of a sequence's first `tokens` tokens: "keys" (L, S, G * D * size) uint8, …"""
+        return {
+            name: pool[:, index].contiguous().cpu().flatten(2).view(torch.uint8).numpy()
+            for name, pool, index in self._filled(seq, tokens)
+        }
+
+    def restore(self, seq: int, arrays: Mapping[str, np.ndarray], tokens: int) -> None:
+        """Fill an opened, empty sequence with what `export` gave; UserError where sizes differ."""
+        parts = self._filled(seq, tokens)
+        if {name for name, _, _ in parts} != arrays.keys():
+            raise UserError(
+                f"a saved cache holds {', '.join(arrays)}, this model {[one[0] for one in parts]}: "
+                "save the session again with this model"
+            )
+        rows = {}
+        for name, pool, index in parts:
+            array = arrays[name]
+            wanted = (*pool[:, index].shape[:2], pool[0, 0].numel() * pool.element_size())
+            if array.shape != wanted or array.dtype != np.uint8:
+                raise UserError(
+                    f"saved {name} are {array.dtype} {array.shape}, this model's are uint8 "
+                    f"{wanted}: save the session again with this model"
+                )
+            rows[name] = torch.from_numpy(np.array(array)).view(pool.dtype).to(pool.device)
+        for name, pool, index in parts:
+            pool[:, index] = rows[name].unflatten(2, pool.shape[2:])
+        self.advance(seq, tokens)
 
     def close(self, seq: int) -> None:
         """Give the pages of `seq` back."""
         for page in self._sequences.pop(seq).pages:
             self._users[page] -= 1
+
+    def _filled(self, seq: int, tokens: int) -> list[tuple[str, torch.Tensor, Rows]]:
+        """(name, pool, rows) of all that belongs to the first `tokens` tokens."""
+        state = self._sequences[seq]
+        rows = self._rows(state, 0, tokens)
+        parts = [("keys", self._keys, rows), ("values", self._values, rows)]
+        if self.sparse is not None:
+            fine, coarse = self.sparse.fine_count(tokens), self.sparse.coarse_count(tokens)
+            per_page = PAGE // self.sparse.kernel_stride
+            parts.append(("fine", self._fine, self._rows(state, 1, 1 + fine, per_page)))
+            parts.append(("coarse", self._coarse, self._rows(state, 1, 1 + coarse, 1)))
+        return parts
 
     def _add(self, state: _Sequence) -> int:
         seq, self._next = self._next, self._next + 1
@@ -210,9 +272,7 @@ class Cache:
                     keys[None], size, stride
                 )[0]
 
-    def _rows(
-        self, state: _Sequence, start: int, end: int, size: int = PAGE
-    ) -> slice | torch.Tensor:
+    def _rows(self, state: _Sequence, start: int, end: int, size: int = PAGE) -> Rows:
         """Where entries start .. end of a sequence lie in a pool of `size` entries per page."""
         if start >= end:
             return slice(0, 0)

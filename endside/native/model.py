@@ -175,6 +175,13 @@ class Model:
         """The tokens of one chunk into another: before a shared chunk is written."""
         self._core.copy_chunk(source, target)
 
+    def chunk(self, index: int) -> np.ndarray:
+        """The bytes of one chunk where they lie, uint8: to be read or filled between calls."""
+        try:
+            return self._core.chunk(index)
+        except ValueError as error:
+            raise UserError(f"native {error}") from error
+
     def plan(self) -> list[str]:
         """What one call does, in order."""
         return native.call("plan", *self._parts)

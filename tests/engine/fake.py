@@ -6,6 +6,8 @@ sequence closed twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from endside.engine.executor import Full
@@ -17,6 +19,8 @@ class FakeExecutor:
     """Implements `Executor`; `calls` records (verb, sequence count, tokens) of every run."""
 
     name = "fake"
+    row_exact = True
+    feature_layers: tuple[int, ...] = ()
 
     def __init__(self, *, vocab_size: int = 32, context: int = 256, capacity: int = 1024) -> None:
         self.vocab_size, self.context, self.capacity = vocab_size, context, capacity
@@ -24,6 +28,7 @@ class FakeExecutor:
         self.calls: list[tuple[str, int, int]] = []
         self._tokens: dict[int, list[int]] = {}
         self._room: dict[int, int] = {}
+        self._draft: dict[int, tuple[list[int], list[int]]] = {}
         self._next = 0
 
     def open(self, tokens: int) -> int:
@@ -36,9 +41,24 @@ class FakeExecutor:
         return self._next
 
     def length(self, seq: int) -> int:
-        return len(self._tokens[seq])
+        return len(self._tokens[seq]) + len(self._draft.get(seq, ((), ()))[0])
+
+    def fork(self, seq: int, tokens: int, length: int | None = None) -> int:
+        assert seq not in self._draft, "a draft is undecided"
+        fork = self.open(tokens)
+        self._tokens[fork] = self._tokens[seq][:length]
+        return fork
+
+    def shrink(self, seq: int, tokens: int) -> None:
+        self.trim(seq, tokens)
+        self.free += -(-self._room[seq] // PAGE) - -(-tokens // PAGE)
+        self._room[seq] = tokens
+
+    def room(self, closing: Iterable[int] = ()) -> int:
+        return (self.free + sum(-(-self._room[seq] // PAGE) for seq in closing)) * PAGE
 
     def prefill(self, seq: int, tokens: np.ndarray, *, logits: str = "last") -> np.ndarray | None:
+        assert seq not in self._draft, "a draft is undecided"
         self.calls.append(("prefill", 1, len(tokens)))
         rows = [self._append(seq, int(token)) for token in tokens]
         return {"none": None, "last": rows[-1], "all": np.stack(rows)}[logits]
@@ -50,7 +70,26 @@ class FakeExecutor:
             [self._append(seq, int(one)) for seq, one in zip(seqs, tokens, strict=True)]
         )
 
+    def verify(self, seq: int, tokens: np.ndarray, parents: np.ndarray) -> np.ndarray:
+        assert seq not in self._draft, "the last draft is undecided"
+        self.calls.append(("verify", 1, len(tokens)))
+        paths: list[list[int]] = []
+        for token, parent in zip(tokens.tolist(), parents.tolist(), strict=True):
+            paths.append([*(paths[parent] if parent >= 0 else []), token])
+        deepest = len(self._tokens[seq]) + max(map(len, paths))
+        assert deepest <= self._room[seq], "a draft deeper than what is reserved"
+        self._draft[seq] = (tokens.tolist(), parents.tolist())
+        return np.stack(
+            [history_logits([*self._tokens[seq], *path], self.vocab_size) for path in paths]
+        )
+
+    def accept(self, seq: int, rows: list[int]) -> None:
+        tokens, parents = self._draft.pop(seq)
+        assert [parents[row] for row in rows] == [-1, *rows][: len(rows)], "no path from the root"
+        self._tokens[seq] += [tokens[row] for row in rows]
+
     def trim(self, seq: int, length: int) -> None:
+        self._draft.pop(seq, None)
         assert length <= len(self._tokens[seq]), "trim forgets, it does not invent"
         del self._tokens[seq][length:]
 

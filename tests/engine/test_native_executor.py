@@ -206,11 +206,11 @@ def test_forks_share_and_diverge(sparse: Checkpoint) -> None:
     first = executor.open(1300)
     executor.prefill(first, prompt, logits="none")
     second = executor.fork(first, 1300)
-    free = executor.sequences.free
+    free = executor.sequences.room()
     executor.trim(second, 900)
     tail = tokens(170, seed=9)
     executor.prefill(second, tail, logits="none")
-    assert executor.sequences.free == free - 1024, "the shared chunk was not copied"
+    assert executor.sequences.room() == free - 1024, "the shared chunk was not copied"
     alone = _native(sparse, context=1400)
     for seq, history in ((first, prompt), (second, np.concatenate([prompt[:900], tail]))):
         got = executor.decode([seq], np.array([33]))[0]

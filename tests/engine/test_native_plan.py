@@ -11,6 +11,7 @@ from endside import native
 from endside.engine.executors import Plan, choose, native_plan
 from endside.engine.executors.native import random_executor
 from endside.engine.executors.native_plan import choose_context, memory, physical_cores, recipe
+from endside.engine.executors.native_weights import shapes
 from endside.errors import UserError
 from endside.model.config import ModelConfig
 from endside.model.presets import preset
@@ -104,6 +105,9 @@ def test_without_a_core_pytorch_runs(isas: list[str]) -> None:
         ({"quant": "int4", "head": "int8"}, "none", "int4", "int8"),
         ({"quant": "int4", "head": "none"}, "none", "int4", "none"),
         ({}, "ternary", "ternary", "int8"),
+        ({}, "int4", "int4", "int8"),
+        ({"head": "int4"}, "int4", "int4", "int4"),
+        ({}, "mixed", "mixed", "int8"),
     ],
 )
 def test_the_head_follows_the_blocks(plan: dict, stored: str, body: str, head: str) -> None:
@@ -112,7 +116,7 @@ def test_the_head_follows_the_blocks(plan: dict, stored: str, body: str, head: s
 
 
 def test_bits_of_a_low_bit_checkpoint_are_not_changed() -> None:
-    with pytest.raises(UserError, match="stored as int4"):
+    with pytest.raises(UserError, match="stored in int4"):
         recipe(Plan(quant="int8"), "int4")
 
 
@@ -120,7 +124,9 @@ def test_bits_of_a_low_bit_checkpoint_are_not_changed() -> None:
 def test_memory_grows_with_context_and_shrinks_with_bits() -> None:
     def of(context: int, **plan: object) -> native_plan.Memory:
         made = Plan(max_batch=1, **plan)  # type: ignore[arg-type]
-        return memory(LARGE, made, recipe(made), stored="BF16", context=context, threads=1)
+        asked = recipe(made)
+        sizes = shapes(LARGE, asked)
+        return memory(LARGE, made, asked, sizes, context=context, threads=1)
 
     short, long = of(1024), of(8192)
     assert long.working["cache"] == 8 * short.working["cache"]
@@ -138,14 +144,15 @@ def test_context_is_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without --context the model's own length, or what a quarter of free memory holds."""
     monkeypatch.setattr(native_plan, "free_memory", lambda: 2 * 10**9)
     plan = Plan(quant="int4")
-    chosen = choose_context(LARGE, plan, recipe(plan), "BF16")
+    asked = recipe(plan)
+    chosen = choose_context(LARGE, plan, asked, shapes(LARGE, asked))
     assert chosen.context == 32768
     monkeypatch.setattr(native_plan, "free_memory", lambda: 6 * 10**8)
-    chosen = choose_context(LARGE, plan, recipe(plan), "BF16")
+    chosen = choose_context(LARGE, plan, asked, shapes(LARGE, asked))
     assert 8000 < chosen.context < 16000
     monkeypatch.setattr(native_plan, "free_memory", lambda: 10**8)
     with pytest.raises(UserError, match="not even a short context fits"):
-        choose_context(LARGE, plan, recipe(plan), "BF16")
+        choose_context(LARGE, plan, asked, shapes(LARGE, asked))
 
 
 @needs_core

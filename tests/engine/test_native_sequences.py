@@ -18,12 +18,12 @@ def pool() -> tuple[Sequences, list[tuple[int, int]]]:
 def test_chunks_are_taken_whole_and_given_back(pool) -> None:
     sequences, _ = pool
     first, second = sequences.open(1), sequences.open(1025)
-    assert sequences.free == 3 * 1024
+    assert sequences.room() == 3 * 1024
     assert set(sequences[first].chunks).isdisjoint(sequences[second].chunks)
     with pytest.raises(Full, match="4 chunks"):
         sequences.open(3 * 1024 + 1)
     sequences.close(second)
-    assert sequences.free == 5 * 1024
+    assert sequences.room() == 5 * 1024
 
 
 @pytest.mark.parametrize(("stored", "shared", "copied"), [(1023, 0, 1), (1024, 1, 0), (2000, 1, 1)])
@@ -39,7 +39,7 @@ def test_a_fork_shares_full_chunks(pool, stored: int, shared: int, copied: int) 
         assert copies[0] == (sequences[first].chunks[shared], sequences[second].chunks[shared])
     sequences.close(first)
     sequences.close(second)
-    assert sequences.free == 6 * 1024
+    assert sequences.room() == 6 * 1024
 
 
 def test_a_shared_chunk_is_copied_before_it_changes(pool) -> None:

@@ -189,4 +189,4 @@ def test_the_same_seed_gives_the_same_text_in_any_company(shared, wanted, max_ba
     while not engine.idle:
         engine.step()
     assert [handles[number].token_ids for number in range(len(wanted))] == expected
-    assert shared.cache.free == shared.capacity
+    assert shared.cache.room() == shared.capacity

@@ -51,7 +51,7 @@ class Plan:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU
     quant: Literal["none", "int8", "int4", "ternary"] = "none"  # weights; none: as stored
     group: Literal[32, 64, 128] = 128  # weights that share a scale
-    head: Literal["auto", "none", "int8", "int4"] = "auto"  # auto: as quant; int8 for ternary
+    head: Literal["auto", "none", "int8", "int4"] = "auto"  # auto: as quant; int8 if stored low
     kv: Literal["auto", "f16", "bf16", "int8"] = "auto"  # keys and values, native; auto: f16
     isa: Literal["auto", "portable", "avx2", "avx512", "neon", "neon_i8mm"] = "auto"  # native
     context: int | None = None  # tokens, prompt and answer together; None: the model's, if it fits

@@ -13,7 +13,7 @@ sequence ran in between, accepted tokens are simply run again, to the same bits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -27,14 +27,13 @@ from endside.engine.executors.native_plan import (
     TREES,
     cache_type,
     choose_context,
-    float_type,
     limits,
-    low_bits,
     recipe,
     thread_count,
     usable_threads,
 )
 from endside.engine.executors.native_sequences import Sequence, Sequences
+from endside.engine.executors.native_state import export, fill, identity, trace
 from endside.engine.executors.native_weights import (
     join,
     matrices,
@@ -45,6 +44,8 @@ from endside.engine.executors.native_weights import (
     plain_vector,
     random_floats,
     random_matrix,
+    rounded,
+    shapes,
 )
 from endside.errors import UserError
 from endside.formats.hf_config import with_attention
@@ -66,6 +67,7 @@ class NativeExecutor:
     """Implements `Executor`. `pack` keeps the weights that the core reads alive."""
 
     name = "native"
+    row_exact = True
 
     def __init__(
         self, config: ModelConfig, weights: Pack, embed: np.ndarray, plan: Plan, *, context: int
@@ -85,6 +87,7 @@ class NativeExecutor:
             limits=bounds,
             isa=plan.isa,
         )
+        self._embed, self._cache = embed, cache_type(plan)
         self.sequences = Sequences(bounds.chunks, copy=self.model.copy_chunk)
         self._drafted: int | None = None  # the sequence whose tree the core still holds
 
@@ -168,9 +171,18 @@ class NativeExecutor:
         state.draft = state.parents = None
         state.stored = length
 
-    def fork(self, seq: int, tokens: int) -> int:
-        """A new sequence that shares `seq`'s stored tokens, with room for `tokens` in all."""
-        return self.sequences.fork(seq, tokens)
+    def fork(self, seq: int, tokens: int, length: int | None = None) -> int:
+        """A new sequence that shares `seq`'s first `length` tokens, with room for `tokens`."""
+        return self.sequences.fork(seq, tokens, length)
+
+    def shrink(self, seq: int, tokens: int) -> None:
+        """Keep the first `tokens` tokens and give back the chunks that only more would need."""
+        self.trim(seq, min(tokens, self.length(seq)))
+        self.sequences.shrink(seq, tokens)
+
+    def room(self, closing: Iterable[int] = ()) -> int:
+        """Tokens that `open` finds chunks for, or would if these sequences were closed."""
+        return self.sequences.room(closing)
 
     def close(self, seq: int) -> None:
         """Give the chunks of `seq` back."""
@@ -180,6 +192,36 @@ class NativeExecutor:
         """How the last of `length` tokens attends: "dense" or "sparse", and the keys it sees."""
         seen = visible_keys(self.config, length)
         return ("dense" if seen == length else "sparse"), seen
+
+    def identity(self) -> str:
+        """A digest of all that the keys of a sequence depend on."""
+        return identity(self.config, self.pack, self._embed, self.context, self._cache)
+
+    def export(self, seq: int, tokens: int) -> dict[str, np.ndarray]:
+        """The chunks of the first `tokens` tokens: views, to be used before anything runs."""
+        return export(self.model, self.sequences[seq].chunks, tokens)
+
+    def restore(self, arrays: Mapping[str, np.ndarray], tokens: int) -> int:
+        """A sequence of `tokens` stored tokens from what `export` gave. Raises Full, UserError."""
+        seq = self.open(tokens)
+        state = self.sequences[seq]
+        try:
+            fill(self.model, state.chunks, arrays, tokens)
+        except UserError:
+            self.close(seq)
+            raise
+        state.stored = tokens
+        return seq
+
+    def trace(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """Run tokens (T,) by themselves -> stage -> (T, C) or (T, V) float32, in order."""
+        self._drafted = None
+        seq = self.open(len(tokens))
+        try:
+            chunks = self.sequences[seq].chunks
+            return trace(self.model, chunks, tokens, self.pack.vectors["final_norm"], ROWS)
+        finally:
+            self.close(seq)
 
     def visible(self, seq: int, tokens: np.ndarray) -> np.ndarray:
         """Append tokens (T <= 512,) -> how many keys each row attended to (L, T, G) int32."""
@@ -228,12 +270,20 @@ def _depths(parents: np.ndarray) -> list[int]:
 
 def load(checkpoint: Checkpoint, config: ModelConfig, plan: Plan) -> NativeExecutor:
     """The model of an opened folder, its weights mapped from their pack or packed now."""
-    from endside.formats.source import folder_source
+    from endside.formats.source import folder_source, low_bits
+    from endside.formats.weights import to_float
 
-    parameters = folder_source(checkpoint).parameters
-    asked, dtype = recipe(plan, low_bits(checkpoint)), float_type(checkpoint)
-    context = choose_context(config, plan, asked, dtype).context
+    source = folder_source(checkpoint)
+    parameters, asked = source.parameters, recipe(plan, *low_bits(source))
+    context = choose_context(config, plan, asked, shapes(config, asked, parameters)).context
     threads = thread_count(plan.threads)
+    if changed := rounded(config, parameters):
+        log.warning(
+            "%d matrices are stored in bits that the native executor does not multiply by, the "
+            "first is %s: they are rounded to int8 in groups of 32; --executor torch keeps them",
+            len(changed), changed[0],
+        )  # fmt: skip
+    table = parameters[EMBEDDING]
 
     checkpoint.verify(weights=False)
 
@@ -243,10 +293,13 @@ def load(checkpoint: Checkpoint, config: ModelConfig, plan: Plan) -> NativeExecu
             sink.add(matrix.name, pack(matrix, parameters, asked, threads))
         for name, source in norms(config).items():
             sink.add(name, plain_vector(parameters[source].read()))
+        if not table.plain:
+            sink.add(EMBEDDING, np.ascontiguousarray(to_float(table.read())))
 
     key = {"recipe": asdict(asked), "model": _identity(config)}
     weights = cached(checkpoint, asked.name, key, build)
-    return NativeExecutor(config, weights, _embedding(parameters), plan, context=context)
+    embed = _embedding(table) if table.plain else weights.vectors[EMBEDDING].reshape(table.shape)
+    return NativeExecutor(config, weights, embed, plan, context=context)
 
 
 def _identity(config: ModelConfig) -> list[Any]:
@@ -258,10 +311,10 @@ def _identity(config: ModelConfig) -> list[Any]:
     ]  # fmt: skip
 
 
-def _embedding(parameters: Mapping[str, Parameter]) -> np.ndarray:
+def _embedding(parameter: Parameter) -> np.ndarray:
     """The table (V, C) where it lies in its file; only rows that are looked up are ever read."""
-    table = parameters[EMBEDDING].read()
-    assert isinstance(table, np.ndarray), "the embedding is stored plain"
+    table = parameter.read()
+    assert isinstance(table, np.ndarray), "a plain parameter reads as an array"
     return table.astype(np.float32) if table.dtype == np.float64 else table
 
 
@@ -269,12 +322,12 @@ def random_executor(preset_name: str, plan: Plan, seed: int = 0) -> NativeExecut
     """A model of a named shape with noise for weights, made in the packed form at once."""
     config = with_attention(preset(preset_name), plan.attention)
     asked = recipe(plan)
-    context = choose_context(config, plan, asked, "BF16").context
+    planned = shapes(config, asked)
+    context = choose_context(config, plan, asked, planned).context
     noise = np.random.default_rng(seed)
     weights = Pack()
-    for matrix in matrices(config):
-        shape = asked.bits(matrix.name, "BF16").shape(matrix.height, matrix.columns)
-        weights.add(matrix.name, random_matrix(shape, noise))
+    for name, shape in planned.items():
+        weights.add(name, random_matrix(shape, noise))
     for name in norms(config):
         weights.add(name, np.ones(config.hidden_size, np.float32))
     embed = _random_table(config.vocab_size, config.hidden_size, noise)

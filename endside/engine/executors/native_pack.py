@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from endside.atomic import alive, atomic_folder, discard
-from endside.checkpoint import PACKS
+from endside.checkpoint import PACKS, user_cache
 from endside.errors import UserError
 from endside.native.packed import Packed
 
@@ -71,7 +71,7 @@ Build = Callable[["Pack | Writer"], None]  # calls its `add` for each matrix and
 def cached(checkpoint: Checkpoint, name: str, key: dict[str, Any], build: Build) -> Pack:
     """The pack `name` of an opened folder with that key; built when there is none, or a bad one."""
     key = {**key, "sources": _sources(checkpoint)}
-    homes = [checkpoint.folder / PACKS, _user_cache(checkpoint.folder)]
+    homes = [checkpoint.folder / PACKS, user_cache(checkpoint.folder)]
     for home in homes:
         found, why = read(home / f"pack-{name}", key)
         if found is not None:
@@ -98,12 +98,6 @@ def _sources(checkpoint: Checkpoint) -> list[list[Any]]:
     files = sorted({info.file for info in checkpoint.tensors.values()})
     stats = [(file, (checkpoint.folder / file).stat()) for file in files]
     return [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-
-
-def _user_cache(folder: Path) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    number = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    return Path(base) / "endside" / number
 
 
 def _writable(home: Path) -> bool:
@@ -176,10 +170,10 @@ def _mapped(folder: Path, body: dict[str, Any]) -> tuple[Pack | None, str]:
 def _view(whole: np.ndarray, place: list[int]) -> np.ndarray | None:
     start, count, checksum = place
     part = whole[start : start + count]
-    return part if len(part) == count and _sum(part) == checksum else None
+    return part if len(part) == count and word_sum(part) == checksum else None
 
 
-def _sum(data: np.ndarray) -> int:
+def word_sum(data: np.ndarray) -> int:
     """Sum of the 64-bit words of bytes, the last one filled up with zeros, modulo 2^64."""
     whole = len(data) // 8 * 8
     words = int(data[:whole].view(np.uint64).sum(dtype=np.uint64))
@@ -254,4 +248,4 @@ class Writer:
         self._file.write(memoryview(data))
         self._file.write(bytes(-len(data) % ALIGNED))
         self.at += len(data) + -len(data) % ALIGNED
-        return [start, len(data), _sum(data)]
+        return [start, len(data), word_sum(data)]

@@ -8,7 +8,7 @@ mapped, and only the rows of tokens that occur are ever in memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,19 +17,17 @@ from endside.engine.executors import check_length, default_context, free_memory
 from endside.engine.executors.native_weights import (
     Recipe,
     join,
-    matrices,
     native_shape,
     native_sparse,
     norms,
 )
 from endside.errors import UserError
-from endside.formats.hf_config import EMBEDDING
 from endside.native.model import CHUNK, Limits, Model
 
 if TYPE_CHECKING:
-    from endside.checkpoint import Checkpoint
     from endside.engine.executors import Plan
     from endside.model.config import ModelConfig
+    from endside.native.packed import Packed
 
 ROWS, TREES = 512, 64  # rows of one call, and of its draft trees, at most
 SPARE = 64 << 20  # bytes left to the interpreter, the tokenizer and logits
@@ -54,16 +52,20 @@ class Memory:
         return sum(self.weights.values()) + sum(self.working.values()) + SPARE
 
 
-def recipe(plan: Plan, stored: str = "none") -> Recipe:
-    """The low bits that a plan asks for; `stored`: those of a low-bit checkpoint's blocks."""
-    if "none" not in (plan.quant, stored) and plan.quant != stored:
-        raise UserError(
-            f"quant {plan.quant} is asked for, but the weights are stored as {stored}: "
-            "leave --quant out, or quantize the original model"
-        )
+def recipe(plan: Plan, stored: str = "none", head: str = "none") -> Recipe:
+    """The low bits that a plan asks for; stored, head: those of the model (`source.low_bits`)."""
+    for flag, asked, there in (("quant", plan.quant, stored), ("head", plan.head, head)):
+        if there != "none" and asked not in (there, "auto" if flag == "head" else "none"):
+            raise UserError(
+                f"{flag} {asked} is asked for, but the weights are stored in "
+                f"{'low bits of other kinds' if there == 'mixed' else there}: "
+                f"leave --{flag} out, or quantize the original model"
+            )
     body = plan.quant if stored == "none" else stored
-    usual = {"none": "none", "int8": "int8", "int4": "int4", "ternary": "int8"}[body]
-    return Recipe(body, usual if plan.head == "auto" else plan.head, plan.group)
+    # a head that nobody asked to round keeps eight bits
+    usual = {"none": "none", "int4": "int4" if stored == "none" else "int8"}.get(body, "int8")
+    asked = usual if plan.head == "auto" else plan.head
+    return Recipe(body, asked if head == "none" else "stored", plan.group, stored=stored != "none")
 
 
 def limits(plan: Plan, context: int, threads: int) -> Limits:
@@ -78,15 +80,17 @@ def cache_type(plan: Plan) -> str:
 
 
 def memory(
-    config: ModelConfig, plan: Plan, recipe: Recipe, *, stored: str, context: int, threads: int
+    config: ModelConfig,
+    plan: Plan,
+    recipe: Recipe,
+    shapes: Mapping[str, Packed],
+    *,
+    context: int,
+    threads: int,
 ) -> Memory:
-    """Bytes for one context length. stored: safetensors dtype of float weights."""
-    shapes = {
-        one.name: recipe.bits(one.name, stored).shape(one.height, one.columns)
-        for one in matrices(config)
-    }
+    """Bytes for one context length; `shapes`: of the packed matrices (`native_weights.shapes`)."""
     bounds = limits(plan, context, threads)
-    empty = join(config, context, shapes, dict.fromkeys(norms(config)), None)
+    empty = join(config, context, dict(shapes), dict.fromkeys(norms(config)), None)
     how = {"sparse": native_sparse(config), "cache": cache_type(plan), "limits": bounds}
     taken = Model.memory(native_shape(config), empty, **how)
     parts = {"attention": ("qkv", "output"), "feed-forward": ("gate_up", "down")}
@@ -108,26 +112,14 @@ def memory(
     )
 
 
-def low_bits(checkpoint: Checkpoint) -> str:
-    """The kind of a low-bit checkpoint's blocks, "none" for a plain one."""
-    found = checkpoint.config.get("quantization_config")
-    if not found:
-        return "none"
-    return found.get("kind") or {2: "ternary", 4: "int4", 8: "int8"}.get(found.get("bits"), "int4")
-
-
-def float_type(checkpoint: Checkpoint) -> str:
-    """The safetensors dtype of the weights that are stored as floats."""
-    found = checkpoint.tensors.get(EMBEDDING)
-    return "BF16" if found is None else found.dtype
-
-
-def choose_context(config: ModelConfig, plan: Plan, asked: Recipe, dtype: str) -> Memory:
+def choose_context(
+    config: ModelConfig, plan: Plan, asked: Recipe, shapes: Mapping[str, Packed]
+) -> Memory:
     """The plan for the context given, or for what suits model and machine; UserError: too long."""
     threads = thread_count(plan.threads)
 
     def plan_for(context: int) -> Memory:
-        return memory(config, plan, asked, stored=dtype, context=context, threads=threads)
+        return memory(config, plan, asked, shapes, context=context, threads=threads)
 
     if plan.context is None:
         longest, each = config.max_position_embeddings, plan_for(CHUNK).cache_per_token

@@ -6,12 +6,13 @@ own end. All chunks a sequence may ever need are taken when it is opened: a runn
 waits.
 
     fork    shares full chunks by counting their users, and copies the last, partial one
+    shrink  gives back the chunks behind the last token that is kept
     own     before tokens are stored, a shared chunk that they change is copied (after a trim)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,10 +46,13 @@ class Sequences:
         self._sequences: dict[int, Sequence] = {}
         self._next = 0
 
-    @property
-    def free(self) -> int:
-        """Tokens for which chunks are free."""
-        return self._users.count(0) * CHUNK
+    def room(self, closing: Iterable[int] = ()) -> int:
+        """Tokens for which chunks are free, or would be if these sequences were closed."""
+        users = list(self._users)
+        for seq in closing:
+            for chunk in self._sequences[seq].chunks:
+                users[chunk] -= 1
+        return users.count(0) * CHUNK
 
     def __getitem__(self, seq: int) -> Sequence:
         return self._sequences[seq]
@@ -57,19 +61,30 @@ class Sequences:
         """Take chunks for `tokens` tokens -> the sequence's number. Raises Full."""
         return self._add(Sequence(self._take(_chunks(tokens)), tokens))
 
-    def fork(self, seq: int, tokens: int) -> int:
-        """A new sequence with the same stored tokens and room for `tokens` in all."""
+    def fork(self, seq: int, tokens: int, length: int | None = None) -> int:
+        """A new sequence with the first `length` stored tokens, or all; room for `tokens`."""
         source = self._sequences[seq]
         assert not source.pending, "a verified draft is undecided: accept or trim it first"
-        assert tokens >= source.stored, f"{source.stored} tokens do not fit in {tokens}"
-        shared = source.stored // CHUNK
+        stored = source.stored if length is None else length
+        assert stored <= source.stored, f"{stored} tokens are asked for, {source.stored} are stored"
+        assert tokens >= stored, f"{stored} tokens do not fit in {tokens}"
+        shared = stored // CHUNK
         fresh = self._take(_chunks(tokens) - shared)
         for chunk in source.chunks[:shared]:
             self._users[chunk] += 1
-        if source.stored % CHUNK:
+        if stored % CHUNK:
             self._copy(int(source.chunks[shared]), int(fresh[0]))
         chunks = np.concatenate([source.chunks[:shared], fresh])
-        return self._add(Sequence(chunks, tokens, source.stored))
+        return self._add(Sequence(chunks, tokens, stored))
+
+    def shrink(self, seq: int, tokens: int) -> None:
+        """No more than `tokens` tokens will be stored: give back the chunks behind them."""
+        state = self._sequences[seq]
+        kept = _chunks(tokens)
+        for chunk in state.chunks[kept:]:
+            self._users[chunk] -= 1
+        state.chunks = state.chunks[:kept].copy()
+        state.room = min(state.room, tokens)
 
     def close(self, seq: int) -> None:
         """Give the chunks of `seq` back."""

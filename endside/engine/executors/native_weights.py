@@ -6,8 +6,11 @@ them with the parameters whose rows they hold; `pack` turns stored rows into pac
 
     float weights    rounded to the kind asked for, a few rows at a time
     low-bit weights  (quant/pack.py) keep their codes, scales and zeros: nothing is rounded
+    other bits       (K-quants of GGUF, rows of different kinds in one matrix) have no exact form
+                     here: int8 in groups of 32, which `rounded` tells
 
-so the memory needed beside the result is one packed matrix and a slab of rows per thread.
+so the memory needed beside the result is one packed matrix and a slab of rows per thread (of other
+bits: the matrix as float32).
 
 What we chose not to do: columns in another order (act-order of GPTQ); the activations would have to
 be permuted in every step.
@@ -16,7 +19,7 @@ be permuted in every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from endside.model.config import ModelConfig
 
 GROUPS = (32, 64, 128)  # weights per scale that the kernels know
+ROUND = 32  # weights per scale of what is rounded because its bits have no form here
 SLAB = 8 << 20  # bytes of stored rows handled at a time
 RANDOM_BLOCK = 1 << 20  # numbers of noise that random weights repeat
 TILE = 16  # rows: slabs are cut at multiples of the core's tiles
@@ -58,22 +62,32 @@ class Bits:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The low bits asked for: "none", "int8", "int4" or "ternary", for the blocks and the head."""
+    """The low bits of floats: "none", "int8", "int4" or "ternary", for the blocks and the head.
+
+    stored: blocks in low bits already keep their own kinds and groups; then `body` names that kind,
+    or is "mixed" where there are several, and plain matrices among them stay. A head in low bits
+    already is called "stored".
+    """
 
     body: str
     head: str
     group: int
+    stored: bool = False
 
     @property
     def name(self) -> str:
         """Short, for a folder."""
-        group = f"-g{self.group}" if (self.body, self.head) != ("none", "none") else ""
-        return f"{self.body}{group}-head-{self.head}"
+        group = f"-g{self.group}"
+        if self.stored:
+            own = group if self.head not in ("none", "stored") else ""
+            return f"{self.body}-stored-head-{self.head}{own}"
+        rounded = {self.body, self.head} - {"none", "stored"}
+        return f"{self.body}{group if rounded else ''}-head-{self.head}"
 
     def bits(self, name: str, stored: str) -> Bits:
         """What float weights, stored as `stored` (safetensors dtype), become in matrix `name`."""
         asked = self.head if name == "head" else self.body
-        if asked == "none":
+        if asked not in NATIVE_KIND:
             return Bits(FLOAT_KIND.get(stored, "f32"))
         return Bits(NATIVE_KIND[asked], self.group)
 
@@ -126,15 +140,54 @@ def norms(config: ModelConfig) -> dict[str, str]:
     return {**found, "final_norm": "norm.weight"}
 
 
+def shapes(
+    config: ModelConfig, recipe: Recipe, parameters: Mapping[str, Parameter] | None = None
+) -> dict[str, Packed]:
+    """What `pack` will make of every matrix, without memory; None: of plain bfloat16 weights."""
+    found = {}
+    for matrix in matrices(config):
+        stored = None if parameters is None else [parameters[part] for part in matrix.parts]
+        bits = recipe.bits(matrix.name, "BF16") if stored is None else _bits(matrix, stored, recipe)
+        found[matrix.name] = bits.shape(matrix.height, matrix.columns)
+    return found
+
+
+def rounded(config: ModelConfig, parameters: Mapping[str, Parameter]) -> list[str]:
+    """The matrices whose stored bits have no exact form in the core."""
+    return [
+        one.name for one in matrices(config) if _other([parameters[part] for part in one.parts])
+    ]
+
+
+def _bits(matrix: Matrix, stored: Sequence[Parameter], recipe: Recipe) -> Bits:
+    """How a matrix will be packed, from what headers say."""
+    if all(one.plain for one in stored):
+        kinds = {one.stored for one in stored}
+        return recipe.bits(matrix.name, kinds.pop() if len(kinds) == 1 else "F32")
+    if _other(stored):
+        return Bits("int8", ROUND)
+    schemes = [one.scheme for one in stored if one.scheme is not None]
+    group = _native_group(matrix, schemes[0].group, stored[0].shape[1])
+    asymmetric = any(not one.symmetric for one in schemes)
+    return Bits(NATIVE_KIND[schemes[0].kind], group, asymmetric)
+
+
+def _other(stored: Sequence[Parameter]) -> bool:
+    """Neither all plain nor all in low bits of one kind and group."""
+    schemes = {None if one.scheme is None else (one.scheme.kind, one.scheme.group)
+               for one in stored if not one.plain}  # fmt: skip
+    plain = any(one.plain for one in stored)
+    return None in schemes or len(schemes) > 1 or (plain and bool(schemes))
+
+
 def pack(
     matrix: Matrix, parameters: Mapping[str, Parameter], recipe: Recipe, threads: int
 ) -> Packed:
     """The packed matrix, from stored rows."""
     found = [parameters[part] for part in matrix.parts]
-    if all(one.plain for one in found):
-        stored = {one.stored for one in found}
-        packed = recipe.bits(matrix.name, stored.pop() if len(stored) == 1 else "F32")
-        return _pack_floats(matrix, found, packed.shape(matrix.height, matrix.columns), threads)
+    if all(one.plain for one in found) or _other(found):
+        shape = _bits(matrix, found, recipe).shape(matrix.height, matrix.columns)
+        return _pack_floats(matrix, found, shape, threads)
     return _pack_codes(matrix, [one.read() for one in found])
 
 
@@ -143,12 +196,18 @@ def _pack_floats(
 ) -> Packed:
     from concurrent.futures import ThreadPoolExecutor
 
+    from endside.formats.weights import to_float
+
     packed = shape.allocate()
     step = max(TILE, SLAB // (4 * matrix.columns) // TILE * TILE)
+    decoded = {at: to_float(one.read()) for at, one in enumerate(parameters) if not one.plain}
 
     def write(start: int) -> None:
         # read anew for every slab: pages of a mapped file are given back with their mapping
-        rows = [_float_rows(one.read()) for one in parameters]
+        rows = [
+            decoded[at] if at in decoded else _float_rows(one.read())
+            for at, one in enumerate(parameters)
+        ]
         slab = _slab(matrix, rows, start, start + step)
         packed.write(_extended(slab, matrix.columns), row=start)
 
@@ -202,9 +261,9 @@ def _widened(rows: np.ndarray) -> np.ndarray:
 
 
 def _pack_codes(matrix: Matrix, values: Sequence[Value]) -> Packed:
-    linears = [_regrouped(matrix, value) for value in values]
+    linears = _alike([_regrouped(matrix, value) for value in values])
     first = linears[0]
-    kinds = {(one.kind, one.group, one.bf16, one.symmetric) for one in linears}
+    kinds = {(one.kind, one.group, one.bf16) for one in linears}
     if len(kinds) > 1:
         raise UserError(
             f"{', '.join(matrix.parts)} are stored in different low bits, which one pass cannot "
@@ -227,25 +286,52 @@ def _pack_codes(matrix: Matrix, values: Sequence[Value]) -> Packed:
     return packed
 
 
+def _alike(linears: Sequence[QuantizedLinear]) -> list[QuantizedLinear]:
+    """The same weights, all with zeros of their own where one has them, int4 where one is."""
+    found = list(linears)
+    if {one.kind for one in found} == {"ternary", "int4"}:
+        found = [
+            QuantizedLinear("int4", one.codes + np.uint8(8), one.scales, None, one.group)
+            if one.kind == "ternary"
+            else one
+            for one in found
+        ]
+    if all(one.symmetric for one in found):
+        return found
+    return [
+        replace(one, zeros=np.full(one.scales.shape, ZERO[one.kind], np.uint8))
+        if one.zeros is None
+        else one
+        for one in found
+    ]
+
+
+def _native_group(matrix: Matrix, group: int, columns: int) -> int:
+    """The largest group of the kernels that divides a stored one; UserError where none does."""
+    fitting = [one for one in GROUPS[::-1] if group >= columns or group % one == 0]
+    if group in GROUPS or not fitting:
+        fitting = [group]
+    if fitting[0] not in GROUPS:
+        raise UserError(
+            f"{matrix.parts[0]} has groups of {group} weights, the native executor knows "
+            f"{', '.join(map(str, GROUPS))} and their multiples: use --executor torch"
+        )
+    return fitting[0]
+
+
 def _regrouped(matrix: Matrix, value: Value) -> QuantizedLinear:
     """The same weights in groups that the kernels know."""
     if not isinstance(value, QuantizedLinear):
         raise UserError(
-            f"{', '.join(matrix.parts)}: plain weights among low-bit ones, or columns in another "
-            "order (desc_act), which the native executor does not multiply by: use "
-            "--executor torch, or quantize the original model again"
+            f"{', '.join(matrix.parts)}: columns in another order (desc_act), which the native "
+            "executor does not multiply by: use --executor torch, or quantize the original model "
+            "again"
         )
-    if value.group in GROUPS:
-        return value
     columns = value.shape[1]
+    group = _native_group(matrix, value.group, columns)
+    if value.group == group:
+        return value
     whole = value.group >= columns  # one scale for the row
-    fitting = [one for one in GROUPS[::-1] if whole or value.group % one == 0]
-    if not fitting:
-        raise UserError(
-            f"{matrix.parts[0]} has groups of {value.group} weights, the native executor knows "
-            f"{', '.join(map(str, GROUPS))} and their multiples: use --executor torch"
-        )
-    group = fitting[0]
     count = -(-columns // group)
     repeats = count if whole else value.group // group
 

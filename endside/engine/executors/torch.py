@@ -16,7 +16,11 @@ and positions by depth: refused until speculation brings both.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import zlib
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +32,7 @@ from endside.errors import UserError
 from endside.model.batch import Batch
 from endside.model.cache import Cache, CacheFull
 from endside.model.flops import cache_bytes_per_token, parameters, visible_keys
+from endside.ops.rope.frequencies import inverse_frequencies
 
 if TYPE_CHECKING:
     from endside.checkpoint import Checkpoint
@@ -85,6 +90,7 @@ class TorchExecutor:
     """Implements `Executor`. The page pool is allocated here, once."""
 
     name = "torch"
+    row_exact = False
 
     def __init__(
         self,
@@ -156,12 +162,20 @@ class TorchExecutor:
         """Forget every token of `seq` from position `length` on."""
         self.cache.trim(seq, length)
 
-    def fork(self, seq: int, tokens: int) -> int:
-        """A new sequence that shares `seq`'s stored tokens, with room for `tokens` in all."""
+    def fork(self, seq: int, tokens: int, length: int | None = None) -> int:
+        """A new sequence that shares `seq`'s first `length` tokens, with room for `tokens`."""
         try:
-            return self.cache.fork(seq, tokens)
+            return self.cache.fork(seq, tokens, length)
         except CacheFull as error:
             raise Full(str(error)) from error
+
+    def shrink(self, seq: int, tokens: int) -> None:
+        """Keep the first `tokens` tokens and give back the pages that only more would need."""
+        self.cache.shrink(seq, tokens)
+
+    def room(self, closing: Iterable[int] = ()) -> int:
+        """Tokens that `open` finds pages for, or would if these sequences were closed."""
+        return self.cache.room(closing)
 
     def close(self, seq: int) -> None:
         """Give the pages of `seq` back."""
@@ -171,6 +185,60 @@ class TorchExecutor:
         """How the last of `length` tokens attends: "dense" or "sparse", and the keys it sees."""
         seen = visible_keys(self.model.config, length)
         return ("dense" if seen == length else "sparse"), seen
+
+    def identity(self) -> str:
+        """A digest of all that the keys of a sequence depend on."""
+        frequencies, amplitude = inverse_frequencies(
+            self.model.config.rope, self.model.config.head_dim, self.model.context,
+            self.model.config.max_position_embeddings,
+        )  # fmt: skip
+        known = [
+            "torch", repr(self.model.config), str(next(self.model.parameters()).dtype), amplitude,
+            hashlib.sha256(frequencies).hexdigest(),
+        ]  # fmt: skip
+        for name, tensor in sorted(self.model.state_dict().items()):
+            raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+            known.append((name, len(raw), zlib.crc32(raw)))
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def export(self, seq: int, tokens: int) -> dict[str, np.ndarray]:
+        """Keys, values and compressed keys of the first `tokens` tokens of `seq`, as bytes."""
+        return self.cache.export(seq, tokens)
+
+    def restore(self, arrays: Mapping[str, np.ndarray], tokens: int) -> int:
+        """A sequence of `tokens` stored tokens from what `export` gave. Raises Full, UserError."""
+        seq = self.open(tokens)
+        try:
+            self.cache.restore(seq, arrays, tokens)
+        except UserError:
+            self.close(seq)
+            raise
+        return seq
+
+    @torch.inference_mode()
+    def trace(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """Run tokens (T,) by themselves -> stage -> (T, C) or (T, V) float32, in order."""
+        stages: dict[str, np.ndarray] = {}
+
+        def keep(name: str, output: torch.Tensor) -> None:
+            stages[name] = output[0].float().cpu().numpy()
+
+        batch = Batch(torch.from_numpy(np.asarray(tokens, dtype=np.int64))[None].to(self.device))
+        keep("embed", self.model.embed(batch.tokens))
+        hooks = [
+            layer.register_forward_hook(
+                lambda module, given, output, name=f"layer {index}": keep(name, output)
+            )
+            for index, layer in enumerate(self.model.layers)
+        ]
+        try:
+            hidden = self.model(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        keep("norm", hidden)
+        keep("logits", self.model.logits(hidden))
+        return stages
 
     def _forward(self, seqs: list[int], tokens: np.ndarray) -> torch.Tensor:
         """tokens (B, T) int64 appended to `seqs` -> hidden (B, T, C)."""

@@ -182,6 +182,11 @@ class BoundModel {
     model_.copy_chunk(source, target);
   }
 
+  // The bytes of a chunk where they lie; the array keeps this model alive.
+  nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> chunk(int32_t index) {
+    return {model_.chunk(index), {model_.chunk_size()}, nb::find(this)};
+  }
+
   void set_timing(bool on) { model_.set_timing(on); }
   std::vector<std::pair<std::string, double>> timing() const { return model_.timing(); }
 
@@ -231,6 +236,7 @@ void bind_model(nb::module_& module) {
            nb::arg("trace").none(), nb::arg("visible").none())
       .def("accept", &BoundModel::accept, nb::arg("index"), nb::arg("rows").noconvert())
       .def("copy_chunk", &BoundModel::copy_chunk, nb::arg("source"), nb::arg("target"))
+      .def("chunk", &BoundModel::chunk, nb::arg("index"))
       .def("set_timing", &BoundModel::set_timing, nb::arg("on"))
       .def("timing", &BoundModel::timing);
   module.def("memory", &memory, nb::arg("shape"), nb::arg("weights"), nb::arg("sparse"),

@@ -185,6 +185,15 @@ void Model::copy_chunk(int32_t source, int32_t target) {
   endside::copy_chunk(state.cache, source, target);
 }
 
+uint8_t* Model::chunk(int32_t index) {
+  if (index < 0 || index >= state_->limits.chunks) {
+    throw std::invalid_argument("chunk: no such chunk");
+  }
+  return state_->cache.base + static_cast<size_t>(index) * chunk_size();
+}
+
+size_t Model::chunk_size() const { return endside::chunk_bytes(state_->cache.shape); }
+
 void Model::set_timing(bool on) {
   state_->timed = on;
   state_->seconds.fill(0);

@@ -77,6 +77,9 @@ class Model {
   // After a tree: keep these rows (root to leaf) of request `index` of the last forward.
   void accept(int64_t index, const int32_t* rows, int64_t count);
   void copy_chunk(int32_t source, int32_t target);
+  // The bytes of one chunk, chunk_size() of them: to be read or filled between calls.
+  uint8_t* chunk(int32_t index);
+  size_t chunk_size() const;
 
  private:
   std::unique_ptr<State> state_;

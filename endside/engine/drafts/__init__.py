@@ -1,0 +1,1 @@
+"""Sources of drafts: each makes a `Drafter` (endside.engine.draft) for every sequence."""

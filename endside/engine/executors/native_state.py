@@ -1,0 +1,98 @@
+"""What of the native executor can be taken out of it: stored keys, and every stage's output.
+
+    identity    a digest of what keys depend on, so that none is given back to another model
+    export      the chunks of a sequence, byte for byte as the core reads them
+    trace       the residual stream that the core hands out; norm of the last one added here
+
+A chunk is a number of whole bytes in one fixed layout (native/src/cache.h), the compressed keys in
+it, so writing and reading one is a copy, and what comes back has the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from endside.engine.executors.native_pack import BUFFERS, Pack, word_sum
+from endside.errors import UserError
+from endside.native.model import CHUNK, Model, Request
+from endside.ops.rope.frequencies import inverse_frequencies
+
+if TYPE_CHECKING:
+    from endside.model.config import ModelConfig
+
+LAYOUT = 1  # of a chunk's bytes
+SAMPLE = 4096  # bytes at the start of every buffer, in order; the rest counts by its sum
+
+
+def identity(config: ModelConfig, pack: Pack, embed: np.ndarray, context: int, cache: str) -> str:
+    """A digest of weights, shape, positions and the cache's number format."""
+    # which of two lists of frequencies is used depends on the context a model is built for
+    frequencies, amplitude = inverse_frequencies(
+        config.rope, config.head_dim, context, config.max_position_embeddings
+    )
+    known: dict[str, Any] = {
+        "executor": ["native", LAYOUT, cache],
+        "config": repr(config),
+        "rope": [_digest(frequencies), amplitude],
+        "embed": _digest(embed),
+        "vectors": {name: _digest(vector) for name, vector in sorted(pack.vectors.items())},
+        "matrices": {},
+    }
+    for name, matrix in sorted(pack.matrices.items()):
+        buffers = [getattr(matrix, one) for one in BUFFERS]
+        known["matrices"][name] = [matrix.kind, matrix.group] + [
+            None if one is None else _digest(one) for one in buffers
+        ]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(array: np.ndarray) -> list[Any]:
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return [len(data), word_sum(data), hashlib.sha256(data[:SAMPLE]).hexdigest()]
+
+
+def export(model: Model, chunks: np.ndarray, tokens: int) -> dict[str, np.ndarray]:
+    """The chunks that hold `tokens` tokens: "chunk 0", … uint8, views of the cache."""
+    used = chunks[: -(-tokens // CHUNK)]
+    return {f"chunk {number}": model.chunk(int(one)) for number, one in enumerate(used)}
+
+
+def fill(model: Model, chunks: np.ndarray, arrays: Mapping[str, np.ndarray], tokens: int) -> None:
+    """Write what `export` gave into `chunks`; UserError where it is of another size."""
+    count = -(-tokens // CHUNK)
+    size = model.chunk(0).size
+    found = {name: (array.dtype, array.size) for name, array in arrays.items()}
+    wanted = {f"chunk {number}": (np.dtype(np.uint8), size) for number in range(count)}
+    if found != wanted:
+        raise UserError(
+            f"{len(arrays)} pieces of a cache are given, not the {count} of {size} bytes that "
+            f"{tokens} tokens of this model take: save the session again"
+        )
+    for number in range(count):
+        model.chunk(int(chunks[number]))[:] = arrays[f"chunk {number}"]
+
+
+def trace(
+    model: Model, chunks: np.ndarray, tokens: np.ndarray, norm: np.ndarray, rows: int
+) -> dict[str, np.ndarray]:
+    """Tokens (T,) from position 0, `rows` at a time -> stage -> (T, C) or (T, V) float32."""
+    shape = model.shape
+    residual = np.empty((shape.layers + 1, len(tokens), shape.width), np.float32)
+    logits = np.empty((len(tokens), shape.vocab), np.float32)
+    for start in range(0, len(tokens), rows):
+        part = np.ascontiguousarray(tokens[start : start + rows], dtype=np.int32)
+        end = start + len(part)
+        taken = np.empty((shape.layers + 1, len(part), shape.width), np.float32)
+        asked = Request(tokens=part, chunks=chunks, start=start, want="all")
+        model.forward([asked], out=logits[start:end], trace=taken)
+        residual[:, start:end] = taken
+    last = residual[-1].astype(np.float64)
+    scale = np.sqrt((last**2).mean(-1, keepdims=True) + shape.norm_eps)
+    stages = {"embed": residual[0]}
+    stages |= {f"layer {index}": residual[index + 1] for index in range(shape.layers)}
+    return {**stages, "norm": (last / scale * norm).astype(np.float32), "logits": logits}
