@@ -339,15 +339,19 @@ def _template(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: Tools
     return CHATML
 
 
-def _think(tokenizer: Tokenizer, messages: list[dict[str, Any]], think: bool | None) -> bool | None:
-    """The thinking switch: the caller's, else the one at the end of the last user message."""
+def can_think(tokenizer: Tokenizer) -> bool:
+    """Whether the template or the vocabulary knows of thoughts; true where our template is used."""
     source = tokenizer.chat_template
-    able = (
+    return (
         source is None
         or any(mark in source for mark in ("enable_thinking", *OPENERS, *OPENERS.values()))
         or tokenizer.id_of("<think>") is not None
     )
-    if not able:
+
+
+def _think(tokenizer: Tokenizer, messages: list[dict[str, Any]], think: bool | None) -> bool | None:
+    """The thinking switch: the caller's, else the one at the end of the last user message."""
+    if not can_think(tokenizer):
         if think:
             raise UserError("this model has no thinking mode: leave think out")
         return None

@@ -17,6 +17,7 @@ from endside.errors import UserError
 VERBS = {
     "demo": "the tour on this machine: real text, tokenizer, small model, text again",
     "run": "generate, or chat interactively without a prompt",
+    "serve": "OpenAI-compatible server and web chat on this machine",
     "bench": "prefill and decode speed at several contexts, beside the memory bandwidth",
     "inspect": "architecture, parameters, memory plan, and what will be used and why",
     "convert": "write a checkpoint in another format (hf, llama, gptq, gguf, endside)",
@@ -24,6 +25,7 @@ VERBS = {
     "pretrain": "train from tokens: CONFIG.toml [key=value ...]",
     "qat": "train a model in ternary or int4 weights: CONFIG.toml [key=value ...]",
     "plot": "loss curves of one or more runs as a PNG",
+    "trace": "where two executors diverge on one prompt, stage by stage",
     "size": "lines per room of this package",
 }
 

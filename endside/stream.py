@@ -93,7 +93,8 @@ class Stream(Iterator[Piece]):
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._reader = reader
         self._pieces: list[Piece] = []
-        self._seen = 0  # tokens of the handle that are in some piece
+        self._seen = 0  # tokens of the handle that were read
+        self._given = 0  # of these, tokens that are in some piece
         self.handle: Handle | None = None
 
     def start(self) -> Handle:
@@ -103,23 +104,42 @@ class Stream(Iterator[Piece]):
         return self.handle
 
     def __next__(self) -> Piece:
-        handle, first = self.start(), self._seen
-        while (token := handle.token(self._seen)) is not None:
-            self._seen += 1
-            last = token.finish_reason is not None
-            events = self._events(self._decode(token.text, final=last), last=last)
-            if events or last:
-                ids = tuple(handle.token_ids[first : self._seen])
-                self._pieces.append(
-                    Piece(
-                        "".join(one.text for one in events if isinstance(one, Content)),
-                        ids,
-                        "".join(one.text for one in events if isinstance(one, Reasoning)),
-                        tuple(one for one in events if isinstance(one, ToolCall)),
-                    )
-                )
-                return self._pieces[-1]
+        handle = self.start()
+        while handle.token(self._seen) is not None:
+            piece = self._take()
+            if piece is not None:
+                return piece
         raise StopIteration
+
+    def ready(self) -> list[Piece]:
+        """The pieces of tokens that are there already: for readers that do not step the engine."""
+        pieces = []
+        while self._seen < self.start().ready:
+            piece = self._take()
+            if piece is not None:
+                pieces.append(piece)
+        return pieces
+
+    def _take(self) -> Piece | None:
+        """One more token; the piece that it completes, if it does."""
+        handle = self.start()
+        token = handle.token(self._seen)
+        assert token is not None, "asked for a token that is not there"
+        self._seen += 1
+        last = token.finish_reason is not None
+        events = self._events(self._decode(token.text, final=last), last=last)
+        if not events and not last:
+            return None
+        first = self._given
+        self._given = self._seen
+        piece = Piece(
+            "".join(one.text for one in events if isinstance(one, Content)),
+            tuple(handle.token_ids[first : self._seen]),
+            "".join(one.text for one in events if isinstance(one, Reasoning)),
+            tuple(one for one in events if isinstance(one, ToolCall)),
+        )
+        self._pieces.append(piece)
+        return piece
 
     def _events(self, text: str, *, last: bool) -> list[Event]:
         if self._reader is None:

@@ -251,6 +251,15 @@ class Handle:
             self._step()
         return self._ready[index]
 
+    @property
+    def ready(self) -> int:
+        """How many tokens are there; does not step the engine."""
+        return len(self._ready)
+
+    def tokens(self, start: int, stop: int) -> list[Token]:
+        """Those of the tokens that are there."""
+        return self._ready[start:stop]
+
     def cancel(self) -> None:
         """End the request where it is; without effect on a finished one."""
         if not self.done:

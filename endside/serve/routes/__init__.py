@@ -1,0 +1,1 @@
+"""The routes, one file each kind; `add_to(app, state)` in every one."""
