@@ -92,12 +92,14 @@ class Engine:
 
     def check_ids(self, request: Request) -> None:
         """Refuse token ids that the model does not have."""
-        wrong = [one for one in request.tokens if not 0 <= one < self.executor.vocab_size]
-        if wrong:
-            raise UserError(
-                f"prompt holds token id {wrong[0]}, the model knows 0 to "
-                f"{self.executor.vocab_size - 1}: use the tokenizer of this model"
-            )
+        given = {"prompt": request.tokens, "logit_bias": request.sampling.logit_bias or ()}
+        for what, ids in given.items():
+            wrong = [one for one in ids if not 0 <= one < self.executor.vocab_size]
+            if wrong:
+                raise UserError(
+                    f"{what} holds token id {wrong[0]}, the model knows 0 to "
+                    f"{self.executor.vocab_size - 1}: use the tokenizer of this model"
+                )
 
     def submit(self, request: Request) -> Handle:
         """Queue a request. Raises UserError when it can never be run."""

@@ -27,7 +27,7 @@ def is_local(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False
+        return False  # a name: what it stands for may change
 
 
 def bind(host: str, port: int) -> socket.socket:
