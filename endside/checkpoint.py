@@ -17,6 +17,7 @@ foreign weights beyond their structure, because they carry no checksum.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import logging
 import os
@@ -165,6 +166,13 @@ def resolve(model: str | Path) -> Path:
     )
 
 
+def user_cache(place: Path) -> Path:
+    """Where what is derived from `place` may be kept when it cannot be kept beside it."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    number = hashlib.sha256(os.fsencode(place.resolve())).hexdigest()[:16]
+    return Path(base) / "endside" / number
+
+
 def check_folder(path: Path) -> Path:
     """The path when it is a folder that can be a model; UserError says what it is otherwise."""
     if path.suffix in PICKLES and not path.is_dir():
@@ -173,7 +181,10 @@ def check_folder(path: Path) -> Path:
             "safetensors only; re-save the model with save_pretrained(safe_serialization=True)"
         )
     if path.suffix == ".gguf" and not path.is_dir():
-        raise UserError(f"{path} is a GGUF file, not supported yet: use the safetensors folder")
+        raise UserError(
+            f"{path} is a GGUF file, and a folder is needed here: make one with "
+            f"`endside convert {path.name} DIR --to endside`"
+        )
     if not path.is_dir():
         what = "is a single file" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}: give the folder that holds config.json and the weights")
@@ -191,7 +202,7 @@ def check_folder(path: Path) -> Path:
             "opened: re-save the model with save_pretrained(safe_serialization=True)"
         )
     if found:
-        raise UserError(f"{path} holds GGUF weights only, not supported yet: use safetensors")
+        raise UserError(f"{path} holds GGUF weights only: give the .gguf file itself as MODEL")
     raise UserError(f"{path} holds no *.safetensors weights: {AGAIN}")
 
 

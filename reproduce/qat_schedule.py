@@ -3,6 +3,7 @@
     python reproduce/qat_schedule.py                 about 20 minutes on two cores
     python reproduce/qat_schedule.py --minutes 5     fewer tokens
     python reproduce/qat_schedule.py --steps 400     a fixed budget instead of a time
+    python reproduce/qat_schedule.py --jobs 1        one core
 
 The claim (BitCPM, in MiniCPM4, arXiv 2506.07900): train in high precision first, then ternary with
 a re-warmed learning rate, both under one WSD budget; if at least 40 % of all tokens are ternary the
@@ -13,7 +14,8 @@ One stable high-precision run (rate `FIRST`) is branched at 20, 40, 60 and 80 % 
 branch goes on in ternary with the rest of the tokens: rate re-warmed to `SECOND`, decayed over the
 last fifth of the whole budget. The baseline is ternary from scratch with the whole budget, the
 better of both rates. A high-precision run with the same budget and decay shows what ternary costs.
-Final loss: held-out bytes, nats each. Runs take one thread each, two at a time.
+Final loss: held-out bytes, nats each. Runs take one thread each, `--jobs` at a time; the processor
+time of all of them stands beside the time that passed, which neighbours on the machine stretch.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import json
 import math
 import multiprocessing
 import platform
+import resource
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -102,12 +105,12 @@ def train(cfg: PretrainConfig, folder: Path) -> float:
     return [record["heldout_loss"] for record in records if "heldout_loss" in record][-1]
 
 
-def sweep(work: Path, steps: int, progress: Progress) -> list[Run]:
-    """All runs, two at a time."""
+def sweep(work: Path, steps: int, jobs: int, progress: Progress) -> list[Run]:
+    """All runs, `jobs` at a time."""
     base, where = config(work, steps), work / f"steps-{steps}"
     where.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         stable = pool.submit(train, base, where / "stable")
         pending: dict[Future, tuple[str, float, float]] = {}
         for rate in (FIRST, SECOND):
@@ -187,8 +190,8 @@ def plot(runs: list[Run], path: Path, note: str) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def steps_that_fit(work: Path, minutes: float) -> int:
-    """The budget in steps with which the sweep takes about `minutes`, two runs at a time.
+def steps_that_fit(work: Path, minutes: float, jobs: int) -> int:
+    """The budget in steps with which the sweep takes about `minutes`, `jobs` runs at a time.
 
     A sweep that was begun in `work` goes on with its own.
     """
@@ -196,7 +199,13 @@ def steps_that_fit(work: Path, minutes: float) -> int:
         return int(before.name.removeprefix("steps-"))
     cfg = low_bits(config(work, 1000), 1000, "", FIRST, seed=0)
     speed = pretrain.measure_speed(cfg, make=qat.make_model, seconds=8.0)
-    return max(50, int(0.8 * minutes * 60 * 2 / RUNS * speed / (cfg.batch * cfg.seq_len)))
+    return max(50, int(0.8 * minutes * 60 * jobs / RUNS * speed / (cfg.batch * cfg.seq_len)))
+
+
+def processor_minutes() -> float:
+    """Of this process and of the ended runs."""
+    sides = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, sides)) / 60
 
 
 def main() -> None:
@@ -204,12 +213,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=18.0, help="of the whole sweep")
     parser.add_argument("--steps", type=int, help="budget of a run, instead of minutes")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--work", type=Path, default=Path("runs/qat-schedule"))
     parser.add_argument("--out", type=Path, default=RESULTS / "qat_schedule.json")
     flags = parser.parse_args()
     begun, progress = time.monotonic(), Progress()
     pretrain.open_data(config(flags.work, 1000), progress)
-    steps = (flags.steps or steps_that_fit(flags.work, flags.minutes)) // 5 * 5
+    steps = (flags.steps or steps_that_fit(flags.work, flags.minutes, flags.jobs)) // 5 * 5
     if steps < 40:
         raise SystemExit(f"{steps} steps are too few: give 40 or more")
     cfg = config(flags.work, steps)
@@ -220,12 +230,15 @@ def main() -> None:
         f"{tokens / parameters:.0f} for each parameter"
     )
     progress.note(note)
-    runs = sweep(flags.work, steps, progress)
+    runs = sweep(flags.work, steps, flags.jobs, progress)
+    minutes, busy = (time.monotonic() - begun) / 60, processor_minutes()
     print(note, table(runs), verdict(runs), sep="\n")
+    print(f"{minutes:.1f} minutes, {busy:.1f} of processor time")
     result = {
         "parameters": parameters, "tokens": tokens, "tokens_per_parameter": tokens / parameters,
         "runs": [asdict(run) for run in runs], "verdict": verdict(runs), "group": GROUP,
-        "minutes": round((time.monotonic() - begun) / 60, 1), "config": dump(cfg),
+        "minutes": round(minutes, 1), "processor_minutes": round(busy, 1), "jobs": flags.jobs,
+        "config": dump(cfg),
         "perplexity_of_the_baseline": math.exp(baseline(runs).loss),
         "machine": platform.machine(),
     }  # fmt: skip

@@ -290,7 +290,7 @@ def test_pickles_and_other_files_are_refused(tmp_path: Path) -> None:
         "pytorch_model.bin": "pickle file.*safe_serialization",
         "model.pt": "pickle file.*safetensors only",
         "model.pth": "pickle",
-        "m.gguf": "GGUF.*not supported yet",
+        "m.gguf": "GGUF file.*convert m.gguf DIR",
         "model.safetensors": "single file.*folder",
     }.items():
         (tmp_path / name).write_bytes(b"x")
@@ -300,7 +300,7 @@ def test_pickles_and_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     for name, words in {
         "a.bin": "pickle.*re-save",
-        "a.gguf": "GGUF",
+        "a.gguf": "give the .gguf file itself",
         "a.txt": "no .*weights",
     }.items():
         (tmp_path / name).write_bytes(b"x")

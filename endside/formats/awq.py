@@ -21,7 +21,7 @@ import numpy as np
 from endside.errors import UserError
 from endside.formats.gptq import SCALES, check_finite, unpack_words
 from endside.formats.weights import Part, Value
-from endside.quant.pack import ZERO, QuantizedLinear
+from endside.quant.pack import ZERO, QuantizedLinear, Scheme
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -67,6 +67,10 @@ class Awq:
             f"{base}.qzeros": (("I32",), (columns // group, rows // 8)),
             f"{base}.scales": (SCALES, (columns // group, rows)),
         }
+
+    def scheme_of(self, base: str, columns: int) -> Scheme:
+        """AWQ has zeros of its own."""
+        return Scheme("int4", columns if self.group == -1 else self.group, symmetric=False)
 
     def read(self, arrays: Mapping[str, np.ndarray], base: str, shape: tuple[int, int]) -> Value:
         """The linear."""

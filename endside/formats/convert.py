@@ -188,11 +188,14 @@ def _report(
     )
 
 
-def _plain_dtypes(source: Source, dtype: str) -> dict[str, str]:
-    """config.json's name of the number format in which each parameter is written when plain."""
+def _plain_dtypes(source: Source, dtype: str, low: str) -> dict[str, str]:
+    """config.json's name of the number format in which each parameter is written when plain.
+
+    low: of what is in low bits now; float32 holds every code, GPTQ's readers expect halves.
+    """
     stored = {kind: name for name, kind in SAFE.items()}
     return {
-        name: dtype if dtype != "auto" else stored.get(parameter.stored, "float16")
+        name: dtype if dtype != "auto" else stored.get(parameter.stored, low)
         for name, parameter in source.parameters.items()
     }
 
@@ -246,7 +249,7 @@ def _refuse_order(found: Survey, wanted: Wanted, source: Source) -> None:
 def _to_endside(source: Source, target: Path, wanted: Wanted) -> tuple[str, list[str]]:
     found = _scheme(source, wanted)
     _refuse_order(found, wanted, source)
-    dtypes = _plain_dtypes(source, wanted.dtype)
+    dtypes = _plain_dtypes(source, wanted.dtype, "float32")
     save_packed(
         source, target, found.scheme,
         lambda name: to_scheme(source.parameters[name].read(), found.scheme, found.scales),
@@ -268,7 +271,7 @@ def _to_gptq(source: Source, target: Path, wanted: Wanted) -> tuple[str, list[st
         {"int4": 4, "int8": 8}[scheme.kind], scheme.group, 1, found.scales,
         symmetric=scheme.symmetric, act_order=found.permuted,
     )  # fmt: skip
-    dtypes = _plain_dtypes(source, wanted.dtype)
+    dtypes = _plain_dtypes(source, wanted.dtype, "float16")
     save_gptq(
         source, target, layout,
         lambda name: to_scheme(

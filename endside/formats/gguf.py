@@ -33,7 +33,7 @@ from endside.formats.gguf_file import (
     u32,
     write_gguf,
 )
-from endside.formats.gguf_types import PLAIN, decode
+from endside.formats.gguf_types import PLAIN, decode, scheme_of
 from endside.formats.hf_config import FIRST_BASE, HEAD
 from endside.formats.weights import Parameter, Permuted, Source, Value, shapes
 from endside.model.config import ModelConfig
@@ -300,7 +300,8 @@ def _parameters(file: GgufFile, config: ModelConfig) -> dict[str, Parameter]:
     for name, shape in wanted.items():
         place = places[name]
         read = _reader(file, place, shape, row_order(name, config))
-        found[name] = Parameter(shape, file.tensors[place].kind, read)
+        kind = file.tensors[place].kind
+        found[name] = Parameter(shape, kind, read, scheme_of(kind) if len(shape) == 2 else None)
     return found
 
 

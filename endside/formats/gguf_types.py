@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from endside.errors import UserError
-from endside.quant.pack import QuantizedLinear, bf16_to_float, float_to_bf16
+from endside.quant.pack import QuantizedLinear, Scheme, bf16_to_float, float_to_bf16
 
 CHUNK = 1 << 16  # blocks decoded or encoded at a time
 
@@ -66,6 +66,14 @@ KNOWN_IDS = {
     22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
     39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
+
+
+def scheme_of(kind: str) -> Scheme | None:
+    """What `decode` makes of a type; None: floats. A Q2_0 with a code 3 becomes int4 instead."""
+    if kind not in _CODES:
+        return None
+    low = {"Q8_0": "int8", "Q4_0": "int4"}.get(kind, "ternary")
+    return Scheme(low, min(TYPES[kind].block, 128))
 
 
 def decode(raw: np.ndarray, kind: str, rows: int, columns: int) -> np.ndarray | QuantizedLinear:

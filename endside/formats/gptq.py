@@ -28,7 +28,7 @@ from endside.checkpoint import write_folder
 from endside.errors import UserError
 from endside.formats.hf_config import config_to_hf, hf_name, json_bytes, point_to_code
 from endside.formats.weights import SAFE, Part, Permuted, Source, Value, is_linear
-from endside.quant.pack import ZERO, QuantizedLinear
+from endside.quant.pack import ZERO, QuantizedLinear, Scheme
 from endside.shards import TensorSource
 
 KINDS = {4: "int4", 8: "int8"}
@@ -43,7 +43,7 @@ class Gptq:
     group: int  # -1: one group over all inputs
     version: int  # 1 stores zero - 1
     scale_type: str = "F16"
-    symmetric: bool = True  # said in config.json when writing; reading looks at the zeros
+    symmetric: bool = True  # said in config.json; reading looks at the zeros
     act_order: bool = False  # said likewise
     name: str = "gptq"
 
@@ -65,7 +65,8 @@ class Gptq:
                 f"config.json quantization_config.checkpoint_format is {form!r}: gptq and gptq_v2 "
                 "are read; export the model in one of them"
             )
-        return cls(bits, group, 2 if form == "gptq_v2" else 1)
+        symmetric = config.get("sym") is not False
+        return cls(bits, group, 2 if form == "gptq_v2" else 1, symmetric=symmetric)
 
     def group_of(self, columns: int) -> int:
         """The group size for K inputs."""
@@ -87,6 +88,10 @@ class Gptq:
             f"{base}.scales": (SCALES, (groups, rows)),
             f"{base}.g_idx?": (("I32", "I64"), (columns,)),
         }
+
+    def scheme_of(self, base: str, columns: int) -> Scheme:
+        """As config.json says it."""
+        return Scheme(KINDS[self.bits], self.group_of(columns), self.symmetric)
 
     def read(self, arrays: Mapping[str, np.ndarray], base: str, shape: tuple[int, int]) -> Value:
         """The linear; its columns permuted where g_idx says so."""

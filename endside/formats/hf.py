@@ -38,7 +38,7 @@ from endside.formats.hf_config import (
     read_config,
     with_attention,
 )
-from endside.formats.source import folder_source, is_low_bit, state_dict
+from endside.formats.source import folder_source, needs_reader, state_dict
 from endside.formats.weights import SAFE, companions, fused_groups
 from endside.model.config import ModelConfig
 from endside.model.transformer import Transformer
@@ -96,7 +96,7 @@ def load_checkpoint(
     attention: Attention = "auto",
 ) -> Transformer:
     """The model of an opened folder (`load`)."""
-    if is_low_bit(checkpoint):
+    if needs_reader(checkpoint):
         return _unpacked(checkpoint, dtype, device, context, attention)
     config = with_attention(read_config(checkpoint), attention)
     with torch.device("meta"):
@@ -116,7 +116,7 @@ def _unpacked(
     context: int | None,
     attention: Attention,
 ) -> Transformer:
-    """The model of a folder in low bits, its weights unpacked: right, and as large as a plain one.
+    """The model of a checkpoint in low bits, its weights unpacked: as large as a plain one.
 
     dtype "auto" is what config.json names, else float32, in which every code is exact.
     """

@@ -89,18 +89,15 @@ def with_attention(config: ModelConfig, attention: Attention) -> ModelConfig:
     return config
 
 
-def low_bits(raw: dict) -> dict[str, Any] | None:
-    """quantization_config when its method is one we read, None without; UserError for others."""
+def _check_quant_method(raw: dict) -> None:
+    """UserError for a quantization_config whose method we do not read."""
     found = raw.get("quantization_config")
-    if found is None:
-        return None
     method = found.get("quant_method") if isinstance(found, dict) else found
-    if method not in LOW_BITS:
+    if found is not None and method not in LOW_BITS:
         raise UserError(
             f"config.json quantization_config has quant_method {_short(method)}, not supported: "
             f"use an unquantized export, or one with quant_method {' or '.join(LOW_BITS)}"
         )
-    return found
 
 
 class Reader:
@@ -232,7 +229,7 @@ def _model_type(reader: Reader) -> str:
 
 
 def _refuse_unsupported(reader: Reader) -> None:
-    low_bits(reader.raw)
+    _check_quant_method(reader.raw)
     reader.used.add("quantization_config")
     for key, allowed in NEUTRAL.items():
         if key in reader.raw and reader.raw[key] not in allowed:

@@ -23,7 +23,7 @@ import numpy as np
 from endside.errors import UserError
 from endside.formats.gptq import check_finite, unpack_words
 from endside.formats.weights import Part, Value
-from endside.quant.pack import QuantizedLinear
+from endside.quant.pack import QuantizedLinear, Scheme
 
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -50,6 +50,10 @@ class Marlin:
             f"{fused}.qweight": (("I32",), (columns // 16, 2 * total)),
             f"{fused}.scales": (("F16",), (columns // group, total)),
         }
+
+    def scheme_of(self, base: str, columns: int) -> Scheme:
+        """Symmetric int4."""
+        return Scheme("int4", columns if self.group == -1 else self.group)
 
     def read(self, arrays: Mapping[str, np.ndarray], base: str, shape: tuple[int, int]) -> Value:
         """The rows of the fused linear that are this one's."""

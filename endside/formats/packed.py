@@ -39,13 +39,14 @@ class Packed:
     scheme: Scheme
     name: str = "endside"
 
-    def _of(self, base: str) -> Scheme:
+    def scheme_of(self, base: str, columns: int = 0) -> Scheme:
+        """As config.json says it; the head may have an entry of its own."""
         head = f"{base}.weight" == HEAD and self.scheme.head is not None
         return self.scheme.head if head else self.scheme
 
     def parts(self, base: str, shape: tuple[int, int]) -> dict[str, Part]:
         """Codes and scales, and zeros when asymmetric."""
-        scheme, names = self._of(base), stored_names(base)
+        scheme, names = self.scheme_of(base), stored_names(base)
         groups = -(-shape[1] // scheme.group)
         width = groups * scheme.group * BITS[scheme.kind] // 8
         parts: dict[str, Part] = {
@@ -58,7 +59,7 @@ class Packed:
 
     def read(self, arrays: Mapping[str, np.ndarray], base: str, shape: tuple[int, int]) -> Value:
         """The linear in its canonical form."""
-        return from_arrays(base, arrays, self._of(base), shape[1])
+        return from_arrays(base, arrays, self.scheme_of(base), shape[1])
 
 
 def save_packed(

@@ -1,12 +1,14 @@
 """Open a stored model, whatever its format, as a `Source`; and as a model to run.
 
-A file that ends in .gguf is GGUF. A folder says what it is by `quantization_config.quant_method`
-(gptq, awq, endside), or by the names of its tensors (CPM.cu's Marlin files carry no configuration
-of their own); without either it is plain.
+A file that ends in .gguf is GGUF, and so is a checkpoint whose tensors lie in one
+(formats/gguf_folder.py). A folder says what it is by `quantization_config.quant_method` (gptq, awq,
+endside), or by the names of its tensors (CPM.cu's Marlin files carry no configuration of their
+own); without either it is plain.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +18,18 @@ from endside.checkpoint import Checkpoint, resolve
 from endside.errors import UserError
 from endside.formats.awq import Awq
 from endside.formats.gptq import Gptq
-from endside.formats.hf_config import config_from_hf, hf_name
+from endside.formats.hf_config import HEAD, config_from_hf, hf_name
 from endside.formats.marlin import Marlin
 from endside.formats.packed import Packed
 from endside.formats.weights import (
     Layout,
+    Parameter,
     Source,
     Value,
     companions,
     from_checkpoint,
     fused_groups,
+    is_linear,
     shapes,
     to_float,
 )
@@ -48,7 +52,11 @@ def open_source(path: str | Path) -> Source:
 
 
 def folder_source(checkpoint: Checkpoint) -> Source:
-    """The model of an opened folder."""
+    """The model of an opened checkpoint."""
+    if (file := gguf_file(checkpoint)) is not None:
+        from endside.formats.gguf import open_gguf
+
+        return open_gguf(file)
     block = checkpoint.config.get(QUANTIZED)
     raw = {key: value for key, value in checkpoint.config.items() if key != QUANTIZED}
     try:
@@ -67,9 +75,32 @@ def folder_source(checkpoint: Checkpoint) -> Source:
     )
 
 
-def is_low_bit(checkpoint: Checkpoint) -> bool:
-    """Whether a folder stores its linears in low bits."""
-    return bool(checkpoint.config.get(QUANTIZED)) or _is_marlin(checkpoint)
+def needs_reader(checkpoint: Checkpoint) -> bool:
+    """Whether weights are stored otherwise than as plain tensors under their published names."""
+    stored = bool(checkpoint.config.get(QUANTIZED)) or _is_marlin(checkpoint)
+    return stored or gguf_file(checkpoint) is not None
+
+
+def gguf_file(checkpoint: Checkpoint) -> Path | None:
+    """The GGUF file in which a checkpoint's tensors lie."""
+    file = next((info.file for info in checkpoint.tensors.values()), "")
+    return Path(os.path.normpath(checkpoint.folder / file)) if file.endswith(".gguf") else None
+
+
+def low_bits(source: Source) -> tuple[str, str]:
+    """How the blocks' linears and the head are stored.
+
+    Each is "none" (plain), the kind of its low bits, or "mixed": several kinds, or one of others'.
+    """
+    head = source.parameters.get(HEAD, source.parameters["embed_tokens.weight"])
+    return _kind([one for name, one in source.parameters.items() if is_linear(name)]), _kind([head])
+
+
+def _kind(parameters: list[Parameter]) -> str:
+    if all(one.plain for one in parameters):
+        return "none"
+    kinds = {"mixed" if one.scheme is None else one.scheme.kind for one in parameters}
+    return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
 def _layout(checkpoint: Checkpoint, block: Any, config: ModelConfig) -> Layout | None:

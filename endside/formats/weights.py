@@ -27,7 +27,7 @@ from endside.checkpoint import Checkpoint
 from endside.errors import UserError
 from endside.formats.hf_config import EMBEDDING, HEAD, STORED, hf_name
 from endside.model.config import ModelConfig
-from endside.quant.pack import QuantizedLinear, bf16_to_float
+from endside.quant.pack import QuantizedLinear, Scheme, bf16_to_float
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class Parameter:
     shape: tuple[int, ...]
     stored: str  # F64, F32, F16, BF16, or the name of a low-bit type
     read: Callable[[], Value]
+    scheme: Scheme | None = None  # of a QuantizedLinear that `read` gives, as headers promise it
 
     @property
     def plain(self) -> bool:
@@ -98,6 +99,10 @@ class Layout(Protocol):
 
     def parts(self, base: str, shape: tuple[int, int]) -> dict[str, Part]:
         """Tensor name -> allowed dtypes and shape; a name that ends in "?" may be missing."""
+        ...
+
+    def scheme_of(self, base: str, columns: int) -> Scheme:
+        """Kind and group of the linear; asymmetric where the headers do not rule that out."""
         ...
 
     def read(self, arrays: Mapping[str, np.ndarray], base: str, shape: tuple[int, int]) -> Value:
@@ -227,7 +232,7 @@ def _locate(
         arrays = {part: checkpoint.numpy(part) for part in present}
         return layout.read(arrays, base, (shape[0], shape[1]))
 
-    return Parameter(shape, layout.name, read)
+    return Parameter(shape, layout.name, read, layout.scheme_of(base, shape[1]))
 
 
 def is_matrix(name: str) -> bool:

@@ -157,11 +157,11 @@ def _load(flags: Bench, context: int) -> tuple[Executor, ModelConfig]:
             raise UserError("random:PRESET runs on the native executor alone: leave --executor out")
         native = random_executor(flags.model.removeprefix("random:"), plan)
         return native, native.config
-    from endside.checkpoint import Checkpoint, resolve
     from endside.engine.executors import create
     from endside.formats.hf_config import read_config, with_attention
+    from endside.models import open_model
 
-    checkpoint = Checkpoint.open(resolve(flags.model))
+    checkpoint = open_model(flags.model)
     executor = create(checkpoint, plan)
     return executor, with_attention(read_config(checkpoint), flags.attention)
 

@@ -1,6 +1,6 @@
 """`endside inspect MODEL`: the shape, what it costs, what will be used on this machine, and why.
 
-Reads headers only: a model's weights are never touched, and a preset name such as
+Reads headers only: a model's weights are not touched, and a preset name such as
 `random:minicpm4-8b` is inspected without a file. The memory and the steps are those of `run` with
 the same flags; a context that cannot fit is refused here as it is there.
 """
@@ -18,6 +18,7 @@ from endside.verbs import lazily, parse
 if TYPE_CHECKING:
     import tyro
 
+    from endside.formats.weights import Source
     from endside.model.config import ModelConfig
 else:
     tyro = lazily("tyro")
@@ -28,7 +29,7 @@ class Inspect:
     """Architecture, parameters, memory plan and the features that will be used."""
 
     model: tyro.conf.Positional[str]
-    """Local folder, hub name, or random:PRESET."""
+    """Local folder, .gguf file, hub name, or random:PRESET."""
     json: bool = False
     """Print one JSON object."""
     plan: Annotated[Plan, tyro.conf.arg(name="")] = field(default_factory=Plan)
@@ -84,8 +85,7 @@ class _Model:
     source: str
     ignored: list[str]  # keys of config.json
     sparse: dict[str, Any]  # sparse_config as stored
-    low_bits: str = "none"
-    dtype: str = "BF16"  # of float weights
+    stored: Source | None = None  # where the weights lie
 
 
 def _open(model: str) -> _Model:
@@ -93,23 +93,25 @@ def _open(model: str) -> _Model:
         from endside.model.presets import preset
 
         return _Model(preset(model.removeprefix("random:")), model, [], {})
-    from endside.checkpoint import Checkpoint, resolve
-    from endside.engine.executors.native_plan import float_type, low_bits
-    from endside.formats.hf_config import config_from_hf
+    from endside.formats.source import folder_source
+    from endside.models import open_model
 
-    checkpoint = Checkpoint.open(resolve(model))
-    config, ignored = config_from_hf(checkpoint.config)
+    checkpoint = open_model(model)
+    source = folder_source(checkpoint)
     sparse = checkpoint.config.get("sparse_config") or {}
-    source = str(checkpoint.folder)
-    return _Model(config, source, ignored, sparse, low_bits(checkpoint), float_type(checkpoint))
+    return _Model(source.config, str(source.place), list(source.ignored), sparse, source)
 
 
 def _native(model: _Model, config: ModelConfig, plan: Plan) -> dict[str, Any]:
     """What the native executor would take; UserError where that cannot fit."""
     from endside.engine.executors.native_plan import choose_context, recipe, thread_count
+    from endside.engine.executors.native_weights import shapes
+    from endside.formats.source import low_bits
     from endside.model import flops
 
-    found = choose_context(config, plan, recipe(plan, model.low_bits), model.dtype)
+    asked = recipe(plan) if model.stored is None else recipe(plan, *low_bits(model.stored))
+    parameters = None if model.stored is None else model.stored.parameters
+    found = choose_context(config, plan, asked, shapes(config, asked, parameters))
     kept = {"f16": 2, "bf16": 2, "int8": 1}[found.cache_type]
     weights = sum(found.weights.values())
     length = found.context

@@ -37,6 +37,7 @@ from endside.quant.pack import QuantizedLinear, Scheme
 from tests.engine.tiny import HAS_CORE, checkpoint
 from tests.engine.tiny import awkward as shaped
 from tests.engine.tiny import tokens as ids
+from tests.formats.test_conversions import awq_folder, shuffle_columns, write
 
 pytestmark = pytest.mark.skipif(not HAS_CORE, reason="no native core here")
 SIZES = {"hidden_size": 256, "head_dim": 32, "num_attention_heads": 8, "intermediate_size": 512}
@@ -188,3 +189,20 @@ def test_the_plan_has_the_stored_groups(
     assert {name: one.nbytes for name, one in planned.items()} == {
         name: one.nbytes for name, one in packed.items()
     }
+
+
+def test_zeros_of_their_own_are_counted_and_act_order_is_refused(tmp_path: Path) -> None:
+    """AWQ's zeros need memory too; columns sorted by importance cannot be run, and are not."""
+    model = Checkpoint.open(awq_folder(tmp_path / "awq"))
+    source = folder_source(model)
+    planned = shapes(source.config, recipe(Plan(), *low_bits(source)), source.parameters)
+    packed = _native(model).pack.matrices
+    assert packed["layers.0.down"].asymmetric
+    assert {name: one.nbytes for name, one in planned.items()} == {
+        name: one.nbytes for name, one in packed.items()
+    }
+    plain = write(tmp_path / "plain")
+    folder = convert(plain, tmp_path / "g", to="gptq", type="int4", group=32).destination
+    shuffle_columns(folder, "model.layers.0.mlp.up_proj")
+    with pytest.raises(UserError, match=r"up_proj.*desc_act.*--executor torch"):
+        _native(Checkpoint.open(folder))

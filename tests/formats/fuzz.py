@@ -36,11 +36,13 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from endside import gguf_tokenizer
 from endside.errors import UserError
 from endside.formats.gguf_file import GgufSource, Typed, write_gguf
+from endside.formats.gguf_folder import open_checkpoint
+from endside.formats.hf_config import read_config
 from endside.formats.source import open_source
 from endside.formats.weights import to_float
-from endside.gguf_tokenizer import from_keys
 from endside.tokenizer import Tokenizer
 
 Files = dict[str, bytes]
@@ -115,14 +117,11 @@ def _read(path: Path) -> None:
         value = to_float(parameter.read())
         assert value.shape == parameter.shape, f"{value.shape} is not {parameter.shape}"
         value.sum()
-    made = from_keys(source.text, path)[0] if source.text else {}
-    if "tokenizer.json" in made:
-        folder = path.parent / "made"
-        folder.mkdir()
-        for name, data in made.items():
-            assert isinstance(data, bytes), "made files are bytes"
-            (folder / name).write_bytes(data)
-        Tokenizer.load(folder).encode("a b")
+    if path.suffix == ".gguf":
+        checkpoint = open_checkpoint(path, gguf_tokenizer)
+        assert read_config(checkpoint) == source.config, "the folder beside it tells another shape"
+        if (checkpoint.folder / "tokenizer.json").exists():
+            Tokenizer.load(checkpoint.folder).encode("a b")
 
 
 # ---- seeds -------------------------------------------------------------------------------------

@@ -145,6 +145,18 @@ def test_codes_travel_through_every_format(tmp_path: Path, kind: str) -> None:
     assert torch.equal(logits(here), logits(tmp_path / "a"))
 
 
+def test_an_embedding_in_low_bits_is_not_rounded_again(tmp_path: Path) -> None:
+    """A GGUF keeps it in eight bits, whose numbers float16 does not hold; our own folder must."""
+    plain = write(tmp_path / "plain")
+    file = convert(plain, tmp_path / "q.gguf", to="gguf", type="q4_0").destination
+    assert open_source(file).parameters["embed_tokens.weight"].stored == "Q8_0"
+    report = convert(file, tmp_path / "e", to="endside")
+    assert report.loss.lossless, str(report)
+    assert Checkpoint.open(tmp_path / "e").info("model.embed_tokens.weight").dtype == "F32"
+    smaller = convert(file, tmp_path / "h", to="endside", dtype="float16")
+    assert 0 < smaller.loss.classes["embedding"] < 1e-3 and smaller.loss.classes["attention"] == 0
+
+
 def test_every_pair(tmp_path: Path) -> None:
     """All five directions out of all five kinds of source, plain, low-bit and ternary."""
     plain = write(tmp_path / "plain")

@@ -14,14 +14,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 
 from endside import gguf_tokenizer
 from endside.formats import convert as conversion
+from endside.formats.gguf import gguf_name, row_order
 from endside.formats.hf import save
 from endside.formats.source import open_source, state_dict
+from endside.formats.weights import is_linear, to_float
 from endside.model.batch import Batch
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
@@ -96,6 +99,21 @@ def folder(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(model, place, dtype="float16", tokenizer_files=published)
 
 
+@pytest.fixture(scope="module")
+def ternary_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with its linears ternary, one scale a row."""
+    source = open_source(folder)
+    model = Transformer(source.config)
+    model.load_state_dict(state_dict(source, torch.float32, "cpu"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                scale = parameter.abs().mean(-1, keepdim=True).half().float()
+                parameter.copy_((parameter / scale).round().clamp(-1, 1) * scale)
+    place = tmp_path_factory.mktemp("ternary") / "hf"
+    return save(model, place, dtype="float16", tokenizer_files=folder)
+
+
 def ours(path: Path, tokens: list[int]) -> np.ndarray:
     """Logits (T, V) of our model on the weights in a file, float32."""
     source = open_source(path)
@@ -141,26 +159,70 @@ def test_the_same_distribution(llama: Any, folder: Path, tmp_path: Path, kind: s
     assert agree == 1 if kind.startswith("f") else agree > 0.8
 
 
-def test_lossless_ternary(llama: Any, folder: Path, tmp_path: Path) -> None:
-    """TQ2_0 and Q4_0 of the same ternary weights: both run, both as our model within 8 bits."""
-    source = open_source(folder)
-    model = Transformer(source.config)
-    model.load_state_dict(state_dict(source, torch.float32, "cpu"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("_proj.weight"):
-                scale = parameter.abs().mean(-1, keepdim=True).half().float()
-                parameter.copy_((parameter / scale).round().clamp(-1, 1) * scale)
-    save(model, tmp_path / "t", dtype="float16", tokenizer_files=folder)
+def test_lossless_ternary(llama: Any, ternary_folder: Path, tmp_path: Path) -> None:
+    """TQ2_0, TQ1_0 and Q4_0 of the same ternary weights: all run, as our model within 8 bits."""
     tokens = [1, *map(int, np.random.default_rng(1).integers(3, 73440, 40))]
     for kind in ("tq2_0", "tq1_0", "q4_0"):
         path = tmp_path / f"{kind}.gguf"
-        report = convert(tmp_path / "t", path, to="gguf", type=kind)
+        report = convert(ternary_folder, path, to="gguf", type=kind)
         assert report.loss.classes["attention"] == report.loss.classes["feed-forward"] == 0
         want, got = log_softmax(ours(path, tokens)), log_softmax(theirs(llama, path, tokens))
         divergence = (np.exp(want) * (want - got)).sum(-1).max()
         print(f"{kind}: divergence {divergence:.2e}")
         assert divergence < 2e-2
+
+
+# Types of llama.cpp's own quantizer: the number of its file type, whether all matrices get the same
+# type, the types that must then be in the file, and the largest relative rms error of a matrix.
+# Ternary types are given ternary weights, which they must keep.
+QUANTIZED = {
+    "Q4_K_M": (15, False, {"Q4_K", "Q6_K"}, 0.1),
+    "Q4_K": (14, True, {"Q4_K"}, 0.1),
+    "Q6_K": (18, True, {"Q6_K"}, 0.03),
+    "Q8_0": (7, True, {"Q8_0"}, 0.01),
+    "Q4_0": (2, True, {"Q4_0"}, 0.12),
+    "TQ1_0": (36, False, {"TQ1_0"}, 0),
+    "TQ2_0": (37, False, {"TQ2_0"}, 0),
+    "Q2_0": (41, False, {"Q2_0"}, 0),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_files_of_its_own_quantizer(
+    llama: Any, folder: Path, ternary_folder: Path, tmp_path: Path, kind: str
+) -> None:
+    """Opened here: near its origin, as the gguf package reads it, and as it runs there."""
+    number, pure, expected, most = QUANTIZED[kind]
+    plain, path = tmp_path / "f16.gguf", tmp_path / "quantized.gguf"
+    convert(folder if most else ternary_folder, plain, to="gguf", type="f16")
+    wanted = llama.llama_model_quantize_default_params()
+    wanted.nthread, wanted.ftype, wanted.pure = 1, number, pure
+    if llama.llama_model_quantize(str(plain).encode(), str(path).encode(), wanted):
+        pytest.skip(f"this build of llama.cpp does not write {kind}")
+    source, origin = open_source(path), open_source(plain)
+    blocks = {name: one for name, one in source.parameters.items() if is_linear(name)}
+    assert expected == {one.stored for one in blocks.values()}
+    for name, parameter in blocks.items():
+        before = to_float(origin.parameters[name].read()).astype(np.float64)
+        gap = np.linalg.norm(to_float(parameter.read()) - before) / np.linalg.norm(before)
+        assert gap <= most, f"{name} ({parameter.stored}): {gap:.3f}"
+    if all(hasattr(gguf.GGMLQuantizationType, one) for one in expected):
+        _as_the_package_reads(path)
+    tokens = [1, *map(int, np.random.default_rng(2).integers(3, 73440, 40))]
+    want, got = log_softmax(ours(path, tokens)), log_softmax(theirs(llama, path, tokens))
+    divergence = (np.exp(want) * (want - got)).sum(-1).max()
+    print(f"{kind}: divergence {divergence:.2e}")
+    assert divergence < 3e-2
+
+
+def _as_the_package_reads(path: Path) -> None:
+    source = open_source(path)
+    stored = {one.name: one for one in gguf.GGUFReader(path).tensors}
+    for name, parameter in source.parameters.items():
+        tensor, weights = stored[gguf_name(name)], to_float(parameter.read())
+        truth = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(weights.shape)
+        order = row_order(name, source.config)
+        assert np.array_equal(weights if order is None else weights[order], truth), name
 
 
 def test_the_same_ids(llama: Any, folder: Path, tmp_path: Path) -> None:

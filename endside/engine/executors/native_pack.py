@@ -14,6 +14,10 @@ rebuilt, with a note; a pack of other bits stays unless it was made from other f
 A pack is written to a hidden folder and renamed (`endside.atomic`), under a lock that makes a
 second process wait and then use the first one's. Where the checkpoint's folder cannot be written
 the user's cache folder is used, and where that cannot either, memory.
+
+Float weights are packed as well, though the file is then as large as the checkpoint: the kernels
+read blocks of 8 rows, so rows cannot be mapped as they lie, and packing takes longer than reading.
+Nothing in the folder is needed: whoever wants the space removes it and waits once more.
 """
 
 from __future__ import annotations

@@ -291,7 +291,7 @@ def _alike(linears: Sequence[QuantizedLinear]) -> list[QuantizedLinear]:
     found = list(linears)
     if {one.kind for one in found} == {"ternary", "int4"}:
         found = [
-            QuantizedLinear("int4", one.codes + np.uint8(8), one.scales, None, one.group)
+            QuantizedLinear("int4", one.codes + np.uint8(7), one.scales, None, one.group)
             if one.kind == "ternary"
             else one
             for one in found
