@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from endside import chat
 from endside.answer import Reader
+from endside.engine.drafts import drafts_of
 from endside.engine.engine import Engine
 from endside.engine.executor import Full
 from endside.engine.executors import Plan, create
@@ -85,7 +86,8 @@ class LLM:
         """Load a folder, .gguf file or hub name. UserError, and nothing is kept, if it is wrong.
 
         options: executor="auto", attention="auto", device="auto", dtype="auto", quant="none",
-        group=128, head="auto", kv="auto", context=None, capacity=None, threads=None, max_batch=8.
+        group=128, head="auto", kv="auto", context=None, capacity=None, threads=None, max_batch=8,
+        draft="auto".
         """
         from endside.models import open_model
         from endside.tokenizer import Tokenizer
@@ -96,7 +98,7 @@ class LLM:
         tokenizer = Tokenizer.load(checkpoint.folder, whole=False)
         executor = create(checkpoint, plan)
         self._join(
-            _engine(executor, tokenizer, plan.max_batch),
+            _engine(executor, tokenizer, plan.max_batch, draft=plan.draft),
             tokenizer,
             generation=checkpoint.generation,
             stop_ids=_stop_ids(checkpoint, tokenizer),
@@ -273,6 +275,24 @@ class LLM:
         ids = chat.render(self.tokenizer, list(messages), tools=tools, think=think, control=control)
         return tuple(ids)
 
+    def save_session(self, path: str | Path, notes: dict[str, Any] | None = None) -> int:
+        """Write the keys of the latest finished conversation to a file -> tokens they stand for.
+
+        notes: what JSON can say, given back by `load_session`.
+        """
+        from endside.engine import session
+
+        return len(session.save(Path(path), self.engine.prefixes, notes or {}).tokens)
+
+    def load_session(self, path: str | Path) -> dict[str, Any]:
+        """Read such a file: prompts that begin with its tokens start behind them -> its notes.
+
+        UserError when it is damaged, or was saved with another model or other options.
+        """
+        from endside.engine import session
+
+        return session.load(Path(path), self.engine.prefixes).notes
+
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each of the token ids, (T, V) float32."""
         import numpy as np
@@ -287,7 +307,7 @@ class LLM:
         self.engine.check_ids(request)
         self.engine.release()
         try:
-            seq = executor.open(len(request.tokens))
+            seq = self.engine.prefixes.reserve(len(request.tokens))
         except Full:
             raise UserError("running requests fill the cache: let them end first") from None
         tokens, size = np.array(request.tokens, dtype=np.int64), self.engine.prefill_chunk
@@ -299,9 +319,11 @@ class LLM:
             executor.close(seq)
 
 
-def _engine(executor: Executor, tokenizer: Tokenizer, max_batch: int) -> Engine:
+def _engine(
+    executor: Executor, tokenizer: Tokenizer, max_batch: int, *, draft: str = "none"
+) -> Engine:
     table = tokenizer.token_bytes(executor.vocab_size, shown=chat.ANSWER_MARKS)
-    return Engine(executor, table, max_batch=max_batch)
+    return Engine(executor, table, max_batch=max_batch, drafts=drafts_of(draft, executor))
 
 
 def _build(

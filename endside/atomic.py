@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from endside.errors import UserError
 
@@ -42,6 +43,27 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write; on success it becomes `target`, on an error it is removed."""
+    part = target.with_name(f"{_MARK}{target.name}-{os.getpid()}")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+        sync(target.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; free space or choose another place"
+        ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def discard(folder: Path) -> None:

@@ -55,6 +55,14 @@ class Attended:
 
 
 @dataclass(frozen=True)
+class Speculative:
+    """What drafting did: tokens of the answer for each pass of the model, 1 without any."""
+
+    draft: str  # "none", "lookup", ...
+    mean_accepted: float
+
+
+@dataclass(frozen=True)
 class Generation:
     """A finished answer; `dataclasses.asdict` gives the object that `endside run --json` prints."""
 
@@ -66,6 +74,7 @@ class Generation:
     usage: Usage
     timings: Timings
     attention: Attended
+    speculative: Speculative
     executor: str
     seed: int  # the one given, or the one drawn: the same seed gives the same text
     peak_memory_bytes: int  # of the whole process so far
@@ -109,7 +118,10 @@ class Stream(Iterator[Piece]):
             piece = self._take()
             if piece is not None:
                 return piece
-        raise StopIteration
+        piece = self._rest()
+        if piece is None:
+            raise StopIteration
+        return piece
 
     def ready(self) -> list[Piece]:
         """The pieces of tokens that are there already: for readers that do not step the engine."""
@@ -128,9 +140,15 @@ class Stream(Iterator[Piece]):
         self._seen += 1
         last = token.finish_reason is not None
         events = self._events(self._decode(token.text, final=last), last=last)
-        if not events and not last:
-            return None
-        first = self._given
+        return self._piece(events) if events or last else None
+
+    def _rest(self) -> Piece | None:
+        """What was held back when the answer ended without a last token: it was cancelled."""
+        events = self._events(self._decode(b"", final=True), last=True)
+        return self._piece(events) if events else None
+
+    def _piece(self, events: list[Event]) -> Piece:
+        handle, first = self.start(), self._given
         self._given = self._seen
         piece = Piece(
             "".join(one.text for one in events if isinstance(one, Content)),
@@ -173,6 +191,10 @@ class Stream(Iterator[Piece]):
                 decode_tokens_per_s=(answer - 1) / decode_s if answer > 1 else 0.0,
             ),
             attention=Attended(*executor.attention(seen)),
+            speculative=Speculative(
+                draft=self._engine.drafts.name if self._engine.drafts else "none",
+                mean_accepted=answer / handle.runs if handle.runs else 0.0,
+            ),
             executor=executor.name,
             seed=handle.seed,
             peak_memory_bytes=peak_memory(),

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,35 @@ def test_json_has_the_public_shape(model: Path, capsys: pytest.CaptureFixture[st
     assert wanted | {"peak_memory_bytes"} <= made.keys()
     assert len(made["token_ids"]) == made["usage"]["completion_tokens"] <= 5
     assert made["attention"]["mode"] == "dense"
+
+
+@pytest.mark.parametrize("kind", ["--json-schema", "--regex", "--grammar"])
+def test_answers_take_the_shape_asked_for(
+    kind: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Piped on, stdout holds the answer alone; --json has the fields of a chat as well."""
+    given = {"--json-schema": '{"enum": [[1]]}', "--grammar": 'start: "[" "1" "]"'}
+    (tmp_path / "file").write_text(given.get(kind, ""))
+    flags = (kind, tmp_path / "file" if kind in given else r"\[1\]")
+    code, out, err = _run(capsys, "run", model, "the fox", *flags)
+    assert (code, err) == (0, "")
+    assert json.loads(out) == [1]
+    made = json.loads(_run(capsys, "run", model, "the fox", *flags, "--json")[1])
+    assert (made["finish_reason"], made["reasoning"], made["tool_calls"]) == ("stop", "", [])
+
+
+def test_a_thought_goes_to_stderr(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "thinks"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("endside.manifest.json"))
+    template = "{{ messages[0].content }}<think>\n"
+    (folder / "chat_template.jinja").write_text(template)
+    flags = ("--thinking-budget", "6", "--regex", "yes|no", "--temperature", "2")
+    code, out, err = _run(capsys, "run", folder, "the fox", *flags)
+    assert (code, out.strip()) in ((0, "yes"), (0, "no"))
+    assert err.strip() and "think>" not in err
+    assert _run(capsys, "run", folder, "the fox", "--max-tokens", "5")[1].strip() == ""
 
 
 def test_inspect_counts_and_explains(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +168,8 @@ def test_a_context_that_cannot_fit_is_refused_with_the_largest(
         ["m", "text"], ["--json", "m", "two words", "--max-tokens", "5", "--stats"],
         ["m", "--stop", "a", "--stop", "b", "--temperature", "0.5", "--file", "x/y.txt"],
         ["m", "--quant", "int4", "--group", "32", "--context", "1_000", "--seed", "0"],
+        ["m", "--json-schema", "a/b.json", "--thinking-budget", "0", "--think"],
+        ["m", "a", "--regex", "a+ b", "--grammar", "x.lark"],
     ],
 )  # fmt: skip
 def test_plain_lines_are_read_as_tyro_reads_them(
@@ -188,6 +220,17 @@ BAD = {
     ),
     "no file": (["run", "{model}", "--file", "{tmp}/none.txt"], "none.txt"),
     "no toml": (["pretrain", "{tmp}/none.toml"], "none.toml"),
+    "no schema": (["run", "{model}", "a", "--json-schema", "{tmp}/no.json"], "no.json"),
+    "no json": (["run", "{model}", "a", "--json-schema", "{tmp}/a.lark"], "no JSON"),
+    "bad grammar": (["run", "{model}", "a", "--grammar", "{tmp}/a.lark"], "cannot be used"),
+    "bad regex": (["run", "{model}", "a", "--regex", "(a"], "unclosed group"),
+    "two shapes": (
+        ["run", "{model}", "a", "--regex", "a", "--grammar", "{tmp}/a.lark"],
+        "give one",
+    ),
+    "no thought": (["run", "{model}", "a", "--no-think", "--thinking-budget", "3"], "give one"),
+    "raw thought": (["run", "{model}", "a", "--raw", "--thinking-budget", "3"], "--raw"),
+    "budget": (["run", "{model}", "a", "--thinking-budget", "3"], "chat template"),
     "demo out": (["demo", "--out", "{tmp}/weights.bin/x", "--steps", "1"], "weights.bin"),
 }
 
@@ -198,6 +241,7 @@ def test_bad_input_is_one_message_and_code_2(
 ) -> None:
     """Exit code 2, one message that names the thing, no traceback, nothing written."""
     (tmp_path / "weights.bin").write_bytes(b"\x80\x04not weights")
+    (tmp_path / "a.lark").write_text("start: nothing")
     argv, said = BAD[case]
     before = sorted(tmp_path.rglob("*"))
     filled = [one.format(model=model, tmp=tmp_path) for one in argv]

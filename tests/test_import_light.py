@@ -32,7 +32,15 @@ LIGHT = [
     "endside.engine.engine",
     "endside.api",
 ]
-HEAVY = ["torch", "triton", "transformers", "matplotlib", "pydantic", "huggingface_hub"]
+HEAVY = [
+    "torch",
+    "triton",
+    "transformers",
+    "matplotlib",
+    "pydantic",
+    "huggingface_hub",
+    "llguidance",
+]
 
 LIST_HEAVY = """
 import importlib, sys

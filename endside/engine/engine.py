@@ -215,7 +215,7 @@ class Engine:
         if sequence.handle.done:
             return []
         self.executor.accept(sequence.slot, path)
-        self.size.record(tree, len(path) - 1)
+        self.size.record(tree, [row - 1 for row in path[1:]])
         tokens = self._deliver(sequence, steps)
         self._observe(sequence, rows[path], path)
         return tokens

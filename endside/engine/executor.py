@@ -24,6 +24,7 @@ class Executor(Protocol):
     vocab_size: int
     context: int  # longest sequence, in tokens
     capacity: int  # tokens in the whole page pool, page-rounded
+    page: int  # tokens in a page: what sequences take, share and give back
     row_exact: bool  # a row's bits depend on its sequence alone, not on how rows are cut or batched
 
     def open(self, tokens: int) -> int:

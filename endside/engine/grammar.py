@@ -19,14 +19,18 @@ to a part of what it allows: one line, with at most one space between two signs;
 the schema speaks of others. Strings and arrays without a bound stay without one.
 
 A mask can be computed in a worker thread while the model runs (`prefetch`): the library releases
-the interpreter. Compilation has limits (`MAX_TEXT`, `MAX_DEPTH`, `LIMITS`) and so has every step;
-what exceeds them, what the parser does not know and what allows no text is refused by name.
+the interpreter. Handing a task over costs as much as a usual mask, so only an answer whose last
+mask was slow does it.
+
+Compilation has limits (`MAX_TEXT`, `MAX_DEPTH`, `LIMITS`), and so has every step. What exceeds
+them, what the parser does not know and what allows no text is refused by name.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from types import ModuleType
@@ -49,6 +53,7 @@ LIMITS = {
     "max_grammar_size": 500_000,
     "verbose_errors": False,
 }
+HAND_OVER = 0.0003  # seconds: waking a thread and being woken, with the interpreter to pass on
 LONGEST_NUMBER = 24  # characters of -1.7976931348623157e+308
 LONGEST_FORMAT = 64  # characters of a date, an address, ... that has no other bound
 LARGE = 10**15  # integers to here are exact in a double, and so are their sums
@@ -165,7 +170,8 @@ class Grammar:
         """A JSON text that the schema allows. schema: JSON text, or what it parses to."""
         what = "JSON schema"
         try:
-            plain = json.loads(schema if isinstance(schema, str) else _dump(schema))
+            text = schema if isinstance(schema, str) else _dump(schema)
+            plain = json.loads(text, parse_int=_number, parse_float=_number)
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"the {what} is no JSON: {error}") from error
         plain = {} if plain is True else plain
@@ -173,6 +179,8 @@ class Grammar:
             raise UserError(f"the {what} is no object: give one such as {{'type': 'object'}}")
         if _depth(plain) > MAX_DEPTH:
             raise UserError(f"the {what} is nested deeper than {MAX_DEPTH}: flatten it")
+        if any("$id" in one for one in _schemas(plain) if one is not plain):
+            raise UserError(f"the {what} has a $id within, which cannot be honoured: take it out")
         _narrow(plain)
         plain["x-guidance"] = {"whitespace_flexible": True, "whitespace_pattern": SPACE}
         return cls(f"{NO_FORCING}start: %json {_dump(plain)}", vocabulary, what, is_json=True)
@@ -209,17 +217,21 @@ class Constraint:
         self._number = _NumberWatch() if grammar.is_json else None
         self._mask: np.ndarray | None = None
         self._coming: Future[np.ndarray] | None = None
+        self._seconds = np.inf  # what the last mask took
 
     def prefetch(self) -> None:
-        """Start computing the next mask in the worker thread; `mask` waits for it."""
-        if self._mask is None and self._coming is None and not self.finished:
+        """Start computing the next mask in the worker thread, where that is worth a hand-over."""
+        wanted = self._mask is None and self._coming is None and not self.finished
+        if wanted and self._seconds > HAND_OVER:
             self._coming = self.grammar.vocabulary.worker.submit(self._compute)
 
     def mask(self) -> np.ndarray:
         """What may come next: bit id % 32 of word id // 32, (ceil(V / 32),) uint32."""
         if self._mask is None:
             coming, self._coming = self._coming, None
-            self._mask = coming.result() if coming is not None else self._compute()
+            # A worker that has not begun, on a busy machine, is not waited for.
+            begun = coming is not None and not coming.cancel()
+            self._mask = coming.result() if begun else self._compute()
         return self._mask
 
     def restrict(self, logits: np.ndarray) -> np.ndarray:
@@ -268,6 +280,7 @@ class Constraint:
             self.mask()
 
     def _compute(self) -> np.ndarray:
+        begun = time.perf_counter()
         vocabulary, end = self.grammar.vocabulary, len(self.grammar.vocabulary)
         bits = np.zeros((end + 1 + 31) // 32, dtype=np.uint32)
         if self.finished:
@@ -290,6 +303,7 @@ class Constraint:
             self.finished = may_end
             if not may_end:
                 self._fail(f"cannot be followed: {NO_TEXT}")
+        self._seconds = time.perf_counter() - begun
         return bits
 
     def _fail(self, what: str | None = None) -> None:
@@ -338,6 +352,14 @@ def _reason(error: str) -> str:
     text = re.sub(r"^(at )?\d+\(\d+\): ", "", text).removeprefix("failed to compile JSON schema: ")
     keys = re.sub(r"Unimplemented keys: \[(.*)\]", r"\1 cannot be honoured", text).replace('"', "")
     return (keys if keys != text.replace('"', "") else text)[:300]
+
+
+def _number(text: str) -> int | float:
+    """A number of a schema; for one too large the parser would silently take another."""
+    value = float(text)
+    if abs(value) >= 2.0**63:
+        raise UserError(f"the JSON schema has {text[:40]}, which cannot be honoured: too large")
+    return value if any(one in text for one in ".eE") else int(text)
 
 
 def _dump(value: Any) -> str:

@@ -58,7 +58,10 @@ class _Node:
 
 
 class PrefixCache:
-    """Opens and closes the sequences of one executor; `on=False`: it keeps and finds nothing."""
+    """Opens and closes the sequences of one executor; `on=False`: it keeps and finds nothing.
+
+    One cache serves an executor at a time: `clear` it before another takes over.
+    """
 
     def __init__(self, executor: Executor, *, chunk: int, on: bool = True) -> None:
         self.executor = executor
@@ -80,9 +83,9 @@ class PrefixCache:
         At least the prompt's last token is left to run. Raises Full when pages must be waited for.
         """
         path = self._found(prompt)
-        seq = self._fork(path, limit) if path else None
-        if seq is None:
-            path, seq = [], self.reserve(limit)
+        seq, path = self._fork(path, limit) if path else (-1, [])
+        if not path:
+            seq = self.reserve(limit)
         self._paths[seq] = []
         self._enter(seq, path)
         self._count(lookups=1, hits=bool(path), tokens_reused=len(path) * self.piece)
@@ -129,10 +132,11 @@ class PrefixCache:
         self._enter(seq, self._grown([], stored))
         self._keep(seq)
 
-    def longest(self, tokens: np.ndarray) -> tuple[int, int]:
-        """(sequence, tokens) of the one that has the most of `tokens` stored; (-1, 0): none has."""
-        path = self._found(tokens, whole=True)
-        return (self._source(path), len(path) * self.piece) if path else (-1, 0)
+    def latest(self) -> tuple[int, np.ndarray]:
+        """The kept sequence that was used last, and its tokens (S,) int64; (-1, none) without."""
+        seq = next(reversed(self._kept), -1)
+        keys = [node.key for node in self._paths.get(seq, [])]
+        return seq, np.frombuffer(b"".join(keys), dtype=np.int64)
 
     def reserve(self, tokens: int) -> int:
         """A new sequence with room for `tokens`; kept ones give way. Raises Full."""
@@ -140,7 +144,7 @@ class PrefixCache:
             try:
                 return self.executor.open(tokens)
             except Full:
-                if not self._can_free(tokens):
+                if self.executor.room(self._kept) < tokens:
                     raise
                 self._shorten_oldest()
 
@@ -149,12 +153,12 @@ class PrefixCache:
         for seq in list(self._kept):
             self._drop(seq)
 
-    def _found(self, tokens: np.ndarray, *, whole: bool = False) -> list[_Node]:
-        """The path of the longest stored beginning; the last token stays outside unless `whole`."""
+    def _found(self, prompt: np.ndarray) -> list[_Node]:
+        """The path of the longest stored beginning; the last token always stays outside."""
         if not self.on:
             return []
         path, node = [], self._root
-        for key in _pieces(tokens if whole else tokens[:-1], self.piece):
+        for key in _pieces(prompt[:-1], self.piece):
             child = node.children.get(key)
             if child is None:
                 break
@@ -170,23 +174,35 @@ class PrefixCache:
             self._kept[seq] = self._kept.pop(seq)
         return seq
 
-    def _fork(self, path: list[_Node], limit: int) -> int | None:
-        """A fork behind `path`; None: there is no room for it beside its source."""
-        source, length = self._source(path), len(path) * self.piece
-        while True:
-            try:
-                return self.executor.fork(source, limit, length)
-            except Full:
-                if not self._can_free(limit - length, but=source):
-                    return None
-                if not self._shorten_oldest(source, len(path)):
-                    return None
+    def _fork(self, path: list[_Node], limit: int) -> tuple[int, list[_Node]]:
+        """A fork behind as much of `path` as there is room for -> (it, that much); (-1, []): none.
 
-    def _can_free(self, tokens: int, *, but: int = -1) -> bool:
-        """Whether dropping what is kept, except sequence `but`, can make room for `tokens`."""
-        others = [seq for seq in self._kept if seq != but]
-        spare = len(self._paths[but]) * self.piece if but in self._kept else 0
-        return bool(self._kept) and self.executor.room(others) + spare >= tokens
+        Sequences other than its source give way first, then what the source has behind the fork.
+        """
+        source = self._source(path)
+        path = path[: self._shareable(source, len(path), limit)]
+        while path:
+            try:
+                return self.executor.fork(source, limit, len(path) * self.piece), path
+            except Full:
+                if not self._shorten_oldest(source, len(path)):
+                    break
+        return -1, []
+
+    def _shareable(self, source: int, most: int, limit: int) -> int:
+        """The most pieces of `source` that a fork with room for `limit` tokens can share."""
+        page, others = self.executor.page, [seq for seq in self._kept if seq != source]
+        spare = self.executor.room(others) // page
+        stored, own = -(-len(self._paths[source]) * self.piece // page), 0
+        if source in self._kept:
+            # pages are shared from the start, so those of its own are its last
+            own = self.executor.room(self._kept) // page - spare
+        for count in range(most, 0, -1):
+            length = count * self.piece
+            freed = min(own, stored + (-length // page))
+            if -(-limit // page) - length // page <= spare + freed:
+                return count
+        return 0
 
     def _shorten_oldest(self, source: int = -1, least: int = 0) -> bool:
         """Take one piece from the sequence that was not used for longest; False: none is left.

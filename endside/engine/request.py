@@ -220,7 +220,7 @@ class Handle:
         self.seed = seed
         self.token_ids: list[int] = []  # everything sampled, the ending token included
         self.finish_reason: str | None = None  # "stop", "length" or "cancelled"
-        self.error: UserError | None = None
+        self.error: Exception | None = None
         self.reused = 0  # prompt tokens that the prefix cache had
         self.runs = 0  # passes of the model that brought tokens: fewer than tokens with a draft
         self.times = Times(submitted=time.perf_counter())
@@ -283,7 +283,7 @@ class Handle:
         self.finish_reason = reason
         self.mark("finished")
 
-    def fail(self, error: UserError) -> None:
+    def fail(self, error: Exception) -> None:
         """Engine only: the request cannot go on; iterating it raises `error`."""
         self.error = error
         self.mark("finished")

@@ -54,21 +54,17 @@ class Session:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def save(path: Path, prefixes: PrefixCache, session: Session) -> int:
-    """Write what is stored of the session's tokens -> how many those are.
+def save(path: Path, prefixes: PrefixCache, notes: dict[str, Any]) -> Session:
+    """Write the latest kept conversation, as far as it is stored in whole pieces (`prefix`).
 
-    Only whole pieces of the prefix cache are kept (`prefix`): the rest is computed again.
+    One too short for a single piece is written without keys.
     """
-    seq, count = prefixes.longest(np.array(session.tokens, dtype=np.int64))
-    if not count:
-        raise UserError(
-            f"nothing to save in {path}: of {len(session.tokens)} tokens none are stored "
-            f"({prefixes.piece} at a time are): go on with a longer conversation"
-        )
-    arrays = {"tokens": np.array(session.tokens[:count], dtype=np.int32)}
-    arrays |= prefixes.executor.export(seq, count)
-    _write(path, prefixes.executor, arrays, session.notes)
-    return count
+    seq, tokens = prefixes.latest()
+    arrays = {"tokens": tokens.astype(np.int32)}
+    if len(tokens):
+        arrays |= prefixes.executor.export(seq, len(tokens))
+    _write(path, prefixes.executor, arrays, notes)
+    return Session(tuple(tokens.tolist()), notes)
 
 
 def load(path: Path, prefixes: PrefixCache) -> Session:
@@ -78,6 +74,8 @@ def load(path: Path, prefixes: PrefixCache) -> Session:
     """
     try:
         return _load(path, prefixes)
+    except UserError:
+        raise
     except MALFORMED as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
@@ -101,7 +99,8 @@ def _load(path: Path, prefixes: PrefixCache) -> Session:
         raise UserError(
             f"{path} holds {len(tokens):,} tokens, the cache {executor.context:,}: raise --context"
         )
-    prefixes.add(_restored(prefixes, arrays, len(tokens)), tokens)
+    if len(tokens):
+        prefixes.add(_restored(prefixes, arrays, len(tokens)), tokens)
     return Session(tuple(tokens.tolist()), header["notes"])
 
 
@@ -159,7 +158,7 @@ def _read(path: Path) -> tuple[dict[str, Any], np.ndarray]:
             "start a new session file"
         )
     if size == PREFIX + length:
-        raise _damaged(path, "nothing follows its header")
+        return header, np.empty(0, np.uint8)
     return header, np.memmap(path, np.uint8, mode="r", offset=PREFIX + length)
 
 

@@ -167,6 +167,6 @@ class Runner:
         self.failure = f"{type(error).__name__}: {error}"
         event("engine failure", error=self.failure)
         for job in list(self._jobs):
-            job.handle.fail(ApiError(500, f"the engine failed: {self.failure}"))  # type: ignore[arg-type]
+            job.handle.fail(ApiError(500, f"the engine failed: {self.failure}"))
             self._forget(job)
             job.tell()

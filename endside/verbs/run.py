@@ -1,8 +1,9 @@
 """`endside run MODEL [PROMPT]`: one answer, or a chat when there is no prompt.
 
 A model with a chat template answers a conversation; one without continues the text (`--raw` asks
-for that anyway). Text goes to stdout as it is written, everything else to stderr. In a chat, Ctrl-C
-stops the answer and not the program; Ctrl-D or /exit leaves.
+for that anyway). The answer goes to stdout as it is written, everything else to stderr, a model's
+thought too: what is piped on is the answer. In a chat, Ctrl-C stops the answer and not the program;
+Ctrl-D or /exit leaves; the next turn sees the answers of the turns before, not their thoughts.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ else:
     tyro = lazily("tyro")
 
 
+TALK = "--system, --think, --no-think and --thinking-budget"
+
+
 @dataclass(frozen=True)
 class Run:
     """Generate, or chat interactively without a prompt."""
 
     model: tyro.conf.Positional[str]
-    """Local folder or hub name."""
+    """Local folder, .gguf file or hub name."""
     prompt: tyro.conf.Positional[str | None] = None
     """Text to answer or continue; without it, what is piped in, else a chat."""
     file: Path | None = None
@@ -43,6 +47,16 @@ class Run:
     """Let a reasoning model think before it answers."""
     no_think: bool = False
     """Let it answer at once."""
+    thinking_budget: int | None = None
+    """Close the thought after that many tokens."""
+    json_schema: Path | None = None
+    """Answer with JSON that fits the schema in this file."""
+    regex: str | None = None
+    """Answer with a text that this regular expression matches as a whole."""
+    grammar: Path | None = None
+    """Answer with a text of the context-free grammar in this file (Lark's syntax)."""
+    session: Path | None = None
+    """Go on with the conversation in this file, where there is one, and save it there."""
     raw: bool = False
     """Continue the text, also where the model has a chat template."""
     control: bool = False
@@ -61,17 +75,23 @@ def main(argv: list[str]) -> None:
     """Check the flags, load the model, answer."""
     flags = parse(Run, argv, "run")
     _check(flags)
-    prompt = _prompt(flags)
+    prompt, options = _prompt(flags), _options(flags)
     if prompt is None and flags.json:
         raise UserError("--json prints one answer: give a prompt, --file, or pipe one in")
     from endside.api import LLM
 
     llm = LLM(flags.model, **{one.name: getattr(flags.plan, one.name) for one in fields(Plan)})
+    history = _history(llm, flags)
     if prompt is None:
-        _chat(llm, flags)
+        try:
+            _chat(llm, flags, options, history)
+        finally:
+            _save(llm, flags, history)
         return
-    stream = _ask(llm, flags, [], prompt)
+    stream = _ask(llm, flags, options, history, prompt)
     result = _finish(stream, quiet=flags.json)
+    history += _turn(prompt, result)
+    _save(llm, flags, history)
     if flags.json:
         print(json.dumps(asdict(result), ensure_ascii=False))
     if flags.stats:
@@ -83,17 +103,22 @@ def _check(flags: Run) -> None:
         raise UserError("--think and --no-think contradict each other: give one")
     if flags.prompt is not None and flags.file is not None:
         raise UserError("both a prompt and --file are given: give one")
-    if flags.raw and (flags.system is not None or flags.think or flags.no_think):
-        raise UserError("--raw continues plain text: leave --system, --think and --no-think out")
+    if flags.no_think and flags.thinking_budget is not None:
+        raise UserError("--no-think leaves nothing for --thinking-budget to close: give one")
+    if flags.raw and _talk(flags):
+        raise UserError(f"--raw continues plain text: leave {TALK} out")
+
+
+def _talk(flags: Run) -> bool:
+    """Whether a flag is given that only a conversation understands."""
+    given = (flags.system, flags.thinking_budget)
+    return flags.think or flags.no_think or any(one is not None for one in given)
 
 
 def _prompt(flags: Run) -> str | None:
     """The one prompt to answer; None where a person sits at the terminal and gave none."""
     if flags.file is not None:
-        try:
-            text = flags.file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --file {flags.file}: {error}") from error
+        text = _read("--file", flags.file)
     elif flags.prompt is not None:
         text = flags.prompt
     elif sys.stdin.isatty():
@@ -105,53 +130,101 @@ def _prompt(flags: Run) -> str | None:
     return text
 
 
-def _ask(llm: LLM, flags: Run, history: list[dict[str, Any]], prompt: str) -> Stream:
+def _read(flag: str, file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {flag} {file}: {error}") from error
+
+
+def _options(flags: Run) -> dict[str, Any]:
+    """The flags that are options of one answer: sampling, and what the answer must look like."""
+    options = {one.name: getattr(flags.sampling, one.name) for one in fields(SamplingConfig)}
+    options |= {"regex": flags.regex, "thinking_budget": flags.thinking_budget}
+    for name, file in (("json_schema", flags.json_schema), ("grammar", flags.grammar)):
+        if file is not None:
+            options[name] = _read("--" + name.replace("_", "-"), file)
+    return options
+
+
+def _ask(
+    llm: LLM, flags: Run, options: dict[str, Any], history: list[dict[str, Any]], prompt: str
+) -> Stream:
     """The answer to `prompt`, after the turns of `history`, not yet begun."""
-    sampling = {one.name: getattr(flags.sampling, one.name) for one in fields(SamplingConfig)}
     # A base model that merely knows the turn tokens was never taught to answer.
     talks = llm.tokenizer.chat_template is not None and not flags.raw
     if not talks:
-        if flags.system is not None or flags.think or flags.no_think:
+        if _talk(flags):
             raise UserError(
-                f"{flags.model} has no chat template, so --system, --think and --no-think cannot "
-                "act: leave them out"
+                f"{flags.model} has no chat template, so {TALK} cannot act: leave them out"
             )
         ids = llm.tokenizer.encode(prompt, bos=True, control=flags.control)
-        return llm.stream(ids, **sampling)
+        return llm.stream(ids, **options)
     think = True if flags.think else False if flags.no_think else None
     messages = [*history, {"role": "user", "content": prompt}]
-    return llm.stream(messages, think=think, control=flags.control, **sampling)
+    return llm.stream(messages, think=think, control=flags.control, **options)
 
 
 def _finish(stream: Stream, *, quiet: bool) -> Generation:
-    """Print the pieces as they come; the whole answer."""
+    """Print the pieces as they come, the thought to stderr; the whole answer."""
+    thinking = False
     for piece in stream:
-        if not quiet:
-            print(piece.text, end="", flush=True)
+        if quiet:
+            continue
+        if piece.reasoning:
+            thinking = True
+            print(piece.reasoning, end="", file=sys.stderr, flush=True)
+        if thinking and (piece.text or piece.tool_calls):
+            thinking = False
+            print("\n", file=sys.stderr)
+        print(piece.text, end="", flush=True)
+        for call in piece.tool_calls:
+            print(f"{call.name}({call.arguments})", flush=True)
     if not quiet:
         print(flush=True)
     return stream.result()
 
 
-def _chat(llm: LLM, flags: Run) -> None:
+def _history(llm: LLM, flags: Run) -> list[dict[str, Any]]:
+    """The turns before: those of the session file, or the system message alone."""
+    if flags.session is not None and flags.session.exists():
+        saved = llm.load_session(flags.session).get("history", [])
+        if saved and flags.system is not None:
+            raise UserError(
+                f"{flags.session} holds a conversation that has begun: leave --system out, or "
+                "name a new file"
+            )
+        if saved:
+            return saved
+    return [{"role": "system", "content": flags.system}] if flags.system is not None else []
+
+
+def _save(llm: LLM, flags: Run, history: list[dict[str, Any]]) -> None:
+    if flags.session is not None:
+        llm.save_session(flags.session, {"history": [] if flags.raw else history})
+
+
+def _turn(question: str, result: Generation) -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": result.text},
+    ]
+
+
+def _chat(llm: LLM, flags: Run, options: dict[str, Any], history: list[dict[str, Any]]) -> None:
     """Turns until the user leaves; an interrupted answer stays in the history as far as it came."""
-    start = [{"role": "system", "content": flags.system}] if flags.system is not None else []
-    history = list(start)
     print("Ctrl-C stops an answer, /clear forgets, Ctrl-D or /exit leaves.", file=sys.stderr)
     for line in _lines():
         if line == "/clear":
-            history = list(start)
+            history[:] = [one for one in history if one["role"] == "system"]
             continue
         try:
-            stream = _ask(llm, flags, history, line)
+            stream = _ask(llm, flags, options, history, line)
         except UserError as error:
             print(f"endside: {error}", file=sys.stderr)
             continue
         result = _answer(stream)
-        history += [
-            {"role": "user", "content": line},
-            {"role": "assistant", "content": result.text},
-        ]
+        history += _turn(line, result)
         if flags.stats:
             print(_stats(result), file=sys.stderr)
 
@@ -191,7 +264,8 @@ def _stats(result: Generation) -> str:
         f"[{result.executor}, {result.attention.mode} attention, "
         f"{result.attention.visible_tokens} keys seen] load {times.load_s:.2f} s; "
         f"prompt {usage.prompt_tokens} tokens at {times.prefill_tokens_per_s:.1f}/s; "
-        f"answer {usage.completion_tokens} tokens at {times.decode_tokens_per_s:.1f}/s; "
+        f"answer {usage.completion_tokens} tokens at {times.decode_tokens_per_s:.1f}/s, "
+        f"{result.speculative.mean_accepted:.2f} a pass (draft {result.speculative.draft}); "
         f"peak {result.peak_memory_bytes / 2**20:.0f} MiB; seed {result.seed}; "
         f"ended by {result.finish_reason}"
     )

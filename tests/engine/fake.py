@@ -20,6 +20,7 @@ class FakeExecutor:
 
     name = "fake"
     row_exact = True
+    page = PAGE
     feature_layers: tuple[int, ...] = ()
 
     def __init__(self, *, vocab_size: int = 32, context: int = 256, capacity: int = 1024) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,6 +164,8 @@ def test_tokens_without_bytes_never_come() -> None:
     assert ids(constraint) == [2]
     constraint.advance(2)
     assert ids(constraint) == [1, 2]
+    with pytest.raises(UserError, match="unknown special token"):
+        Grammar.lark("start: <a>", Vocabulary(table))
 
 
 def test_an_end_id_that_prints_is_an_end_id() -> None:
@@ -186,7 +189,10 @@ def test_an_answer_ends_without_end_ids(vocabulary: Vocabulary) -> None:
     assert constraint.finished
 
 
-def test_the_worker_computes_the_same_masks(vocabulary: Vocabulary) -> None:
+def test_the_worker_computes_the_same_masks(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("endside.engine.grammar.HAND_OVER", -1.0)
     wanted = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
     grammar = Grammar.json_schema(wanted, vocabulary)
     ahead, plain = grammar.start(STOPS), grammar.start(STOPS)
@@ -201,6 +207,26 @@ def test_the_worker_computes_the_same_masks(vocabulary: Vocabulary) -> None:
     ahead.advance(ids(plain)[0])  # without asking for the mask
     plain.advance(ids(plain)[0])
     assert ids(ahead) == ids(plain)
+
+
+def test_only_slow_masks_are_handed_over(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a quick one; one that no worker has begun is taken back."""
+    constraint = Grammar.regex("a+", vocabulary).start()
+    constraint.prefetch()
+    assert constraint._coming is not None, "the first is not known to be quick"
+    constraint.advance(vocabulary.longest(b"a")[0])
+    monkeypatch.setattr(constraint, "_seconds", 0.0)
+    constraint.prefetch()
+    assert constraint._coming is None
+    release = threading.Event()
+    vocabulary.worker.submit(release.wait)
+    monkeypatch.setattr(constraint, "_seconds", 1.0)
+    constraint.prefetch()
+    assert constraint._coming is not None
+    assert ids(constraint) == ids(constraint.fork()), "no wait for the busy worker"
+    release.set()
 
 
 def test_a_fork_is_independent(vocabulary: Vocabulary) -> None:
@@ -289,6 +315,9 @@ UNUSABLE = [
     ({"$ref": "#"}, "no text"),
     ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
     ({"properties": {"a": {}}, "required": [{}]}, "required"),
+    ({"const": 1e300}, "1e\\+300"),
+    ({"type": "integer", "maximum": 10**30}, "too large"),
+    ({"properties": {"a": {"$id": "x", "type": "null"}}}, "\\$id"),
     (False, "no object"),
     ([1], "no object"),
     ("{", "no JSON"),

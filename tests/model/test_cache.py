@@ -96,7 +96,7 @@ def test_any_sequence_of_operations(operations: list, random: object) -> None:
             _check(cache, each, ids)
     for seq in list(known):
         cache.close(seq)
-    assert cache.free == cache.capacity, "pages leaked"
+    assert cache.room() == cache.capacity, "pages leaked"
 
 
 def test_a_fork_does_not_see_its_source_change() -> None:

@@ -2,6 +2,7 @@
 
     torch     any device PyTorch knows, weights as floats
     native    this processor through the C++ core, weights as floats or in low bits, no PyTorch
+    llamacpp  a .gguf file through llama.cpp, where that optional package is installed; on request
 
 auto is native on a CPU wherever the core can run the model. A backend is imported only when it is
 chosen, so a path that does not need PyTorch never loads it.
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHOICES = {
-    "executor": ("auto", "torch", "native"),
+    "executor": ("auto", "torch", "native", "llamacpp"),
     "attention": ("auto", "dense", "sparse"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -33,6 +34,7 @@ CHOICES = {
     "group": (32, 64, 128),
     "head": ("auto", "none", "int8", "int4"),
     "kv": ("auto", "f16", "bf16", "int8"),
+    "draft": ("auto", "none", "lookup"),
     "isa": ("auto", "portable", "avx2", "avx512", "neon", "neon_i8mm"),
 }
 NATIVE_ONLY = {"quant": "none", "group": 128, "head": "auto", "kv": "auto", "isa": "auto"}
@@ -45,7 +47,7 @@ CACHE_SHARE = 0.25  # of free memory: weights, activations and other programs ne
 class Plan:
     """How a model is loaded and run; "auto" and None are decided by the model and the machine."""
 
-    executor: Literal["auto", "torch", "native"] = "auto"  # auto: native on a CPU that suits it
+    executor: Literal["auto", "torch", "native", "llamacpp"] = "auto"  # auto: native on most CPUs
     attention: Literal["auto", "dense", "sparse"] = "auto"  # auto: what the checkpoint says
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU
@@ -58,6 +60,7 @@ class Plan:
     capacity: int | None = None  # tokens of all running requests together; None: one context
     threads: int | None = None  # CPU threads; None: native: one per core, torch: its choice
     max_batch: int = 8  # requests that run at once
+    draft: Literal["auto", "none", "lookup"] = "auto"  # guessed tokens; auto: lookup, natively
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -80,7 +83,7 @@ class Plan:
 class Choice:
     """The backend that will run a model, and why."""
 
-    name: str  # "torch" or "native"
+    name: str  # "torch", "native" or "llamacpp"
     device: str  # "cpu" or "cuda"
     why: str
 
@@ -88,13 +91,14 @@ class Choice:
 def choose(plan: Plan, config: ModelConfig) -> Choice:
     """Decide, or raise UserError where what is asked for contradicts itself or the machine."""
     wanted = [name for name, usual in NATIVE_ONLY.items() if getattr(plan, name) != usual]
-    if plan.executor == "torch":
+    if plan.executor in ("torch", "llamacpp"):
         if wanted:
             raise UserError(
                 f"{wanted[0]} {getattr(plan, wanted[0])} needs the native executor: "
                 f"leave --{wanted[0]} out, or use --executor native"
             )
-        return Choice("torch", _torch_device(plan), "asked for")
+        torch = plan.executor == "torch"
+        return Choice(plan.executor, _torch_device(plan) if torch else "cpu", "asked for")
     obstacle = _obstacle(plan, config, small=plan.executor == "native" or bool(wanted))
     if plan.executor == "native" or wanted:
         if obstacle:
@@ -168,6 +172,10 @@ def create(checkpoint: Checkpoint, plan: Plan) -> Executor:
         from endside.engine.executors import native
 
         return native.load(checkpoint, config, plan)
+    if choice.name == "llamacpp":
+        from endside.engine.executors import llamacpp
+
+        return llamacpp.load(checkpoint, config, plan)
     from endside.engine.executors import torch
 
     checkpoint.verify()

@@ -68,6 +68,7 @@ class NativeExecutor:
 
     name = "native"
     row_exact = True
+    page = CHUNK
 
     def __init__(
         self, config: ModelConfig, weights: Pack, embed: np.ndarray, plan: Plan, *, context: int
@@ -88,6 +89,7 @@ class NativeExecutor:
             isa=plan.isa,
         )
         self._embed, self._cache = embed, cache_type(plan)
+        self._identity: str | None = None
         self.sequences = Sequences(bounds.chunks, copy=self.model.copy_chunk)
         self._drafted: int | None = None  # the sequence whose tree the core still holds
 
@@ -195,7 +197,11 @@ class NativeExecutor:
 
     def identity(self) -> str:
         """A digest of all that the keys of a sequence depend on."""
-        return identity(self.config, self.pack, self._embed, self.context, self._cache)
+        if self._identity is None:
+            self._identity = identity(
+                self.config, self.pack, self._embed, self.context, self._cache
+            )
+        return self._identity
 
     def export(self, seq: int, tokens: int) -> dict[str, np.ndarray]:
         """The chunks of the first `tokens` tokens: views, to be used before anything runs."""

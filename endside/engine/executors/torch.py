@@ -30,7 +30,7 @@ from endside.engine.executor import Full
 from endside.engine.executors import Plan, check_length, default_context, free_memory
 from endside.errors import UserError
 from endside.model.batch import Batch
-from endside.model.cache import Cache, CacheFull
+from endside.model.cache import PAGE, Cache, CacheFull
 from endside.model.flops import cache_bytes_per_token, parameters, visible_keys
 from endside.ops.rope.frequencies import inverse_frequencies
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from endside.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
+
+TRACED = 512  # rows of one pass of `trace`
 
 
 def load(checkpoint: Checkpoint, plan: Plan) -> TorchExecutor:
@@ -91,6 +93,7 @@ class TorchExecutor:
 
     name = "torch"
     row_exact = False
+    page = PAGE
 
     def __init__(
         self,
@@ -218,27 +221,31 @@ class TorchExecutor:
     @torch.inference_mode()
     def trace(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Run tokens (T,) by themselves -> stage -> (T, C) or (T, V) float32, in order."""
-        stages: dict[str, np.ndarray] = {}
+        parts: dict[str, list[np.ndarray]] = {}
 
         def keep(name: str, output: torch.Tensor) -> None:
-            stages[name] = output[0].float().cpu().numpy()
+            parts.setdefault(name, []).append(output[0].float().cpu().numpy())
 
-        batch = Batch(torch.from_numpy(np.asarray(tokens, dtype=np.int64))[None].to(self.device))
-        keep("embed", self.model.embed(batch.tokens))
         hooks = [
             layer.register_forward_hook(
                 lambda module, given, output, name=f"layer {index}": keep(name, output)
             )
             for index, layer in enumerate(self.model.layers)
         ]
+        seq = self.open(len(tokens))
         try:
-            hidden = self.model(batch)
+            for start in range(0, len(tokens), TRACED):
+                part = np.asarray(tokens[None, start : start + TRACED])
+                keep("embed", self.model.embed(torch.from_numpy(part).to(self.device)))
+                hidden = self._forward([seq], part)
+                keep("norm", hidden)
+                keep("logits", self.model.logits(hidden))
         finally:
+            self.close(seq)
             for hook in hooks:
                 hook.remove()
-        keep("norm", hidden)
-        keep("logits", self.model.logits(hidden))
-        return stages
+        order = ["embed", *(f"layer {n}" for n in range(len(hooks))), "norm", "logits"]
+        return {name: np.concatenate(parts[name]) for name in order}
 
     def _forward(self, seqs: list[int], tokens: np.ndarray) -> torch.Tensor:
         """tokens (B, T) int64 appended to `seqs` -> hidden (B, T, C)."""

@@ -1,0 +1,116 @@
+"""The size of draft trees: chosen by cost and luck, remembered, never harmful."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from endside.engine.draft import Tree
+from endside.engine.engine import Engine
+from endside.engine.request import Request, SamplingConfig
+from endside.engine.treesize import PROBE, AutoSize, LazySize, measure, remembered
+
+from .fake import FakeExecutor
+
+CHEAP = {1: 1.0, 64: 1.5}  # a GPU: rows are nearly free
+DEAR = {1: 1.0, 2: 2.0, 64: 64.0}  # every row costs as much as a pass of its own
+
+
+def chain(size: int) -> Tree:
+    return Tree.chain([1] * size)
+
+
+def taught(costs: dict[int, float], share: float, rounds: int = 600) -> AutoSize:
+    """After trees of which the first `share` of the nodes were always kept."""
+    size = AutoSize(costs)
+    for _ in range(rounds):
+        tree = chain(size.largest)
+        size.record(tree, list(range(int(share * len(tree)))))
+    return size
+
+
+def test_cheap_rows_and_good_guesses_make_large_trees() -> None:
+    assert taught(CHEAP, 1.0).best(1) == 63
+    assert taught(CHEAP, 0.5).best(1) == 31
+
+
+def test_useless_guesses_switch_drafts_off() -> None:
+    assert taught(CHEAP, 0.0).best(1) == 0
+    assert taught(DEAR, 0.5).best(1) == 0, "each row costs a pass, so no guess can pay"
+
+
+def test_company_makes_trees_pay_less() -> None:
+    """Sequences that decode together share a pass; verified ones do not."""
+    size = taught({1: 1.0, 8: 1.2, 64: 8.0}, 0.05)
+    assert size.best(1) > 0 and size.best(8) == 0
+
+
+def test_best_is_the_maximum_of_the_formula() -> None:
+    costs = {1: 1.0, 4: 1.2, 8: 2.0, 16: 4.0, 64: 20.0}
+    size, make = AutoSize(costs), np.random.default_rng(1)
+    for _ in range(300):
+        tree = chain(20)
+        size.record(tree, list(range(make.integers(0, 8))))
+    price = lambda rows: float(np.interp(rows, list(costs), list(costs.values())))
+    luck = size._luck
+    speeds = {n: (1 + luck[:n].sum()) / price(n + 1) for n in range(1, 64)}
+    assert size.best(1) == max(speeds, key=speeds.get)
+    assert 1 < size.best(1) < 10
+
+
+def test_a_larger_tree_is_tried_now_and_then() -> None:
+    size = taught(CHEAP, 0.0)
+    asked = [size.rows(1) for _ in range(3 * PROBE)]
+    assert asked.count(0) == len(asked) - 3 and asked.count(4) == 3
+
+
+def test_better_luck_is_noticed() -> None:
+    size = taught(CHEAP, 0.0)
+    for _ in range(50 * PROBE):
+        rows = size.rows(1)
+        if rows:
+            size.record(chain(rows), list(range(rows)))
+    assert size.best(1) > 8
+
+
+def test_costs_are_measured_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = FakeExecutor()
+    executor.identity = lambda: "one"
+    first = remembered(executor, tmp_path)
+    assert first and first[1] > 0 and executor.free == FakeExecutor().free, "pages were given back"
+    calls = len(executor.calls)
+    assert remembered(executor, tmp_path) == first and len(executor.calls) == calls
+    executor.identity = lambda: "another"
+    remembered(executor, tmp_path)
+    assert len(executor.calls) > calls, "another model has its own costs"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"seconds_by_rows": {"1": -1, "2": 1}}', "null"])
+def test_a_damaged_file_is_measured_again(tmp_path: Path, text: str) -> None:
+    executor = FakeExecutor()
+    executor.identity = lambda: "one"
+    remembered(executor, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(text)
+    assert remembered(executor, tmp_path)[1] > 0
+    assert file.read_text() != text
+
+
+def test_no_room_to_measure_means_no_tree(tmp_path: Path) -> None:
+    executor = FakeExecutor(capacity=64)
+    executor.identity = lambda: "one"
+    assert measure(executor) is None
+    assert LazySize(executor, tmp_path).rows(1) == 0
+
+
+def test_an_engine_with_it_gives_the_same_tokens(tmp_path: Path) -> None:
+    from endside.engine.drafts.lookup import Lookup
+
+    ask = Request((1, 2, 3, 1, 2), SamplingConfig(max_tokens=100, temperature=0.5, seed=1))
+    plain = [one.id for one in Engine(FakeExecutor()).submit(ask)]
+    executor = FakeExecutor()
+    executor.identity = lambda: "one"
+    engine = Engine(executor, drafts=Lookup(), size=LazySize(executor, tmp_path))
+    assert [one.id for one in engine.submit(ask)] == plain
