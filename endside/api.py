@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from endside import chat
 from endside.answer import Reader
+from endside.checkpoint import cache_root
 from endside.engine.drafts import drafts_of
 from endside.engine.engine import Engine
 from endside.engine.executor import Full
@@ -38,6 +39,7 @@ from endside.engine.executors import Plan, create
 from endside.engine.grammar import Grammar, Vocabulary
 from endside.engine.request import Request, SamplingConfig
 from endside.engine.thinking import Thinking
+from endside.engine.treesize import LazySize
 from endside.errors import UserError
 from endside.stream import Generation, Piece, Stream
 
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from endside.checkpoint import Checkpoint
+    from endside.engine.draft import Drafts
     from endside.engine.executor import Executor
     from endside.tokenizer import Tokenizer
 
@@ -98,7 +101,7 @@ class LLM:
         tokenizer = Tokenizer.load(checkpoint.folder, whole=False)
         executor = create(checkpoint, plan)
         self._join(
-            _engine(executor, tokenizer, plan.max_batch, draft=plan.draft),
+            _engine(executor, tokenizer, plan.max_batch, drafts_of(plan, executor)),
             tokenizer,
             generation=checkpoint.generation,
             stop_ids=_stop_ids(checkpoint, tokenizer),
@@ -320,10 +323,11 @@ class LLM:
 
 
 def _engine(
-    executor: Executor, tokenizer: Tokenizer, max_batch: int, *, draft: str = "none"
+    executor: Executor, tokenizer: Tokenizer, max_batch: int, drafts: Drafts | None = None
 ) -> Engine:
     table = tokenizer.token_bytes(executor.vocab_size, shown=chat.ANSWER_MARKS)
-    return Engine(executor, table, max_batch=max_batch, drafts=drafts_of(draft, executor))
+    size = LazySize(executor, cache_root() / "verify") if drafts else None
+    return Engine(executor, table, max_batch=max_batch, drafts=drafts, size=size)
 
 
 def _build(

@@ -166,11 +166,15 @@ def resolve(model: str | Path) -> Path:
     )
 
 
+def cache_root() -> Path:
+    """The user's folder for what can be made again."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "endside"
+
+
 def user_cache(place: Path) -> Path:
     """Where what is derived from `place` may be kept when it cannot be kept beside it."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    number = hashlib.sha256(os.fsencode(place.resolve())).hexdigest()[:16]
-    return Path(base) / "endside" / number
+    return cache_root() / hashlib.sha256(os.fsencode(place.resolve())).hexdigest()[:16]
 
 
 def check_folder(path: Path) -> Path:

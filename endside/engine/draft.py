@@ -120,8 +120,8 @@ class Size(Protocol):
         """Nodes of the next tree while `running` sequences answer; 0: decode plainly."""
         ...
 
-    def record(self, tree: Tree, path: list[int]) -> None:
-        """A tree was verified and these of its nodes were kept."""
+    def record(self, tree: Tree, path: list[int], seconds: float) -> None:
+        """A tree that took `seconds` to guess was verified and these of its nodes were kept."""
         ...
 
 
@@ -135,7 +135,7 @@ class FixedSize:
         """As many as it was made with."""
         return self.nodes
 
-    def record(self, tree: Tree, path: list[int]) -> None:
+    def record(self, tree: Tree, path: list[int], seconds: float) -> None:
         """Nothing is learnt."""
 
 

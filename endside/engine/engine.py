@@ -16,6 +16,7 @@ One thread steps. `submit` and `Handle.cancel` may be called from others.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence as Items
 
 import numpy as np
@@ -164,9 +165,10 @@ class Engine:
         """One pass for each: a draft tree by itself, or a token in a batch with others."""
         plain, tokens = [], []
         for sequence in sequences:
+            begun = time.perf_counter()
             tree = self._guess(sequence, len(sequences))
             if len(tree):
-                tokens += self._verify(sequence, tree)
+                tokens += self._verify(sequence, tree, time.perf_counter() - begun)
             else:
                 plain.append(sequence)
         return tokens + self._decode(plain)
@@ -203,8 +205,11 @@ class Engine:
         tree.check(self.executor.vocab_size)
         return tree.cut(rows, depth)
 
-    def _verify(self, sequence: Sequence, tree: Tree) -> list[Token]:
-        """Run the last token and a tree behind it; keep the path that the model itself takes."""
+    def _verify(self, sequence: Sequence, tree: Tree, seconds: float) -> list[Token]:
+        """Run the last token and a tree behind it; keep the path that the model itself takes.
+
+        seconds: what the guess took.
+        """
         choice = sequence.choice
         rows = np.concatenate([choice.tokens[-1:], tree.tokens])
         parents = np.concatenate([[-1], tree.parents + 1]).astype(np.int32)
@@ -215,7 +220,7 @@ class Engine:
         if sequence.handle.done:
             return []
         self.executor.accept(sequence.slot, path)
-        self.size.record(tree, [row - 1 for row in path[1:]])
+        self.size.record(tree, [row - 1 for row in path[1:]], seconds)
         tokens = self._deliver(sequence, steps)
         self._observe(sequence, rows[path], path)
         return tokens

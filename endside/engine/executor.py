@@ -25,6 +25,7 @@ class Executor(Protocol):
     context: int  # longest sequence, in tokens
     capacity: int  # tokens in the whole page pool, page-rounded
     page: int  # tokens in a page: what sequences take, share and give back
+    feature_layers: tuple[int, ...]  # settable: what `features` gives; (): nothing is kept
     row_exact: bool  # a row's bits depend on its sequence alone, not on how rows are cut or batched
 
     def open(self, tokens: int) -> int:
@@ -75,6 +76,22 @@ class Executor(Protocol):
 
     def close(self, seq: int) -> None:
         """Give the pages of `seq` back."""
+        ...
+
+    def features(self, seq: int) -> np.ndarray:
+        """What `feature_layers` ask of the rows of the last call that ran `seq` (T, F) float32.
+
+        Each layer gives the residual stream that enters it (C); number L, the number of layers,
+        what the output head reads: the last stream after the final norm.
+        """
+        ...
+
+    def embed_rows(self, tokens: np.ndarray) -> np.ndarray:
+        """tokens (T,) -> what enters the first layer (T, C) float32, for draft heads."""
+        ...
+
+    def head_rows(self, tokens: np.ndarray) -> np.ndarray:
+        """The output head's weights for tokens (T,) -> (T, C) float32, for draft heads."""
         ...
 
     def attention(self, length: int) -> tuple[str, int]:

@@ -6,7 +6,7 @@ late. The size with the most tokens per second wins, and none at all where that 
 on few cores verifies 4 rows at nearly the price of one and 16 at several times that, so small trees
 are best there (SpecMQuant's finding), while a GPU takes 60.
 
-    tokens per second (n) = (1 + p(0) + … + p(n - 1)) / c(n + 1)
+    tokens per second (n) = (1 + p(0) + … + p(n - 1)) / (c(n + 1) + n g)     g: guessing a node
     without a tree        = running / c(running)                     the others share the pass
 
 Sizes not in use are not measured, so now and then (`PROBE`) a larger tree is tried. Costs depend on
@@ -111,6 +111,7 @@ class AutoSize:
         self._cost = np.interp(np.arange(MAX_ROWS + 1), known, [costs[one] for one in known])
         # Before anything is known, a chain whose tokens are right two times in three.
         self._luck = (2 / 3) ** np.arange(1, MAX_ROWS)
+        self._guess = 0.0  # seconds a node takes to be guessed
         self._passes = 0
 
     def rows(self, running: int) -> int:
@@ -126,12 +127,14 @@ class AutoSize:
         shared = min(running, MAX_ROWS)
         plain = shared / self._cost[shared]
         tokens = 1 + np.cumsum(self._luck[: self.largest])
-        speed = tokens / self._cost[2 : self.largest + 2]
+        guessing = self._guess * np.arange(1, self.largest + 1)
+        speed = tokens / (self._cost[2 : self.largest + 2] + guessing)
         at = int(speed.argmax())
         return at + 1 if speed[at] > plain else 0
 
-    def record(self, tree: Tree, path: list[int]) -> None:
-        """A tree was verified; path: its nodes that were kept."""
+    def record(self, tree: Tree, path: list[int], seconds: float) -> None:
+        """A tree was guessed in `seconds` and verified; path: its nodes that were kept."""
+        self._guess = MEMORY * self._guess + (1 - MEMORY) * seconds / len(tree)
         kept = np.zeros(len(tree))
         kept[path] = 1.0
         luck = self._luck[: len(tree)]
@@ -140,7 +143,10 @@ class AutoSize:
 
 
 class LazySize:
-    """Implements `Size`: measures when the first tree is wanted, so that loading costs nothing."""
+    """Implements `Size`: measures when the first tree is wanted, so that loading costs nothing.
+
+    folder: where costs are kept.
+    """
 
     def __init__(self, executor: Executor, folder: Path) -> None:
         self._executor = executor
@@ -156,7 +162,7 @@ class LazySize:
             self._size = AutoSize(costs)
         return self._size.rows(running)
 
-    def record(self, tree: Tree, path: list[int]) -> None:
+    def record(self, tree: Tree, path: list[int], seconds: float) -> None:
         """Passed on."""
         if self._size is not None:
-            self._size.record(tree, path)
+            self._size.record(tree, path, seconds)

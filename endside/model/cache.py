@@ -131,19 +131,19 @@ class Cache:
         assert 0 <= length <= state.stored, f"cannot trim {state.stored} tokens to {length}"
         state.stored, state.base = length, min(state.base, length)
 
-    def accept(self, seq: int, rows: list[int]) -> None:
-        """Of the last append keep these rows (root to leaf, ascending), moved together."""
-        state = self._sequences[seq]
-        assert all(a < b for a, b in pairwise(rows)), "rows must ascend"
-        kept = torch.tensor(rows, dtype=torch.long, device=self._keys.device)
-        written = self._indices(state, state.base, state.stored)
-        target = self._indices(state, state.base, state.base + len(rows))
+    def extend(self, seq: int, source: int, new: int) -> None:
+        """Store behind `seq` the `new` tokens that `source`, a fork of it, has at these places."""
+        state, other = self._sequences[seq], self._sequences[source]
+        start, end = state.stored, state.stored + new
+        assert other.stored >= end, f"{new} tokens behind {start} are asked for: there are fewer"
+        self._own(state, start, new)
+        target, written = self._indices(state, start, end), self._indices(other, start, end)
         for pool in (self._keys, self._values):
-            pool[:, target] = pool[:, written[kept]]
-        state.stored = state.base + len(rows)
+            pool[:, target] = pool[:, written]
         if self.sparse is not None:
             for layer in range(self._keys.shape[0]):
-                self._summarise(layer, state, state.base, state.stored)
+                self._summarise(layer, state, start, end)
+        self.advance(seq, new)
 
     def fork(self, seq: int, tokens: int, length: int | None = None) -> int:
         """A new sequence with the first `length` stored tokens, or all; room for `tokens`."""

@@ -121,13 +121,51 @@ def test_a_chain_is_verified_then_partly_accepted() -> None:
     np.testing.assert_allclose(after, _plain(executor, kept)[-1], rtol=0, atol=tolerance)
 
 
-def test_a_branching_tree_is_refused_before_it_is_stored() -> None:
+PARENTS = np.array([-1, 0, 0, 1, 1, 2, 5, 3, -1], np.int32)
+
+
+def _root_path(row: int) -> list[int]:
+    return ([] if PARENTS[row] < 0 else _root_path(int(PARENTS[row]))) + [row]
+
+
+@pytest.mark.parametrize("spare", [0, 128, 1024])
+@pytest.mark.parametrize("length", [1, 63, 64, 127, 900])
+def test_a_node_sees_what_plain_decoding_sees_on_its_path(length: int, spare: int) -> None:
+    """Sparse attention; with pages for all paths at once, for one, and for none beside it."""
+    executor = _executor("tiny-sparse", capacity=-(-(length + 9) // 64) * 64 + spare)
+    prompt, draft = _tokens(length), _tokens(9, seed=1)
+    seq = executor.open(length + 9)
+    executor.prefill(seq, prompt)
+    free = executor.room()
+    logits = executor.verify(seq, draft, PARENTS)
+    plain = _executor("tiny-sparse")
+    for row in range(9):
+        expected = _plain(plain, np.concatenate([prompt, draft[_root_path(row)]]))[-1]
+        tolerance = 2e-5 * np.abs(expected).max()
+        np.testing.assert_allclose(logits[row], expected, rtol=0, atol=tolerance)
+    path = [0, 2, 5, 6]
+    executor.accept(seq, path)
+    assert executor.length(seq) == length + 4 and executor.room() == free
+    after = executor.decode([seq], np.array([40]))[0]
+    kept = np.concatenate([prompt, draft[path], [40]])
+    np.testing.assert_allclose(after, _plain(plain, kept)[-1], rtol=0, atol=tolerance)
+    if length == 900:
+        seen = executor.attention(length)[1] / length
+        print(f"visible / available {seen:.2f}")
+        assert seen < 0.5, "sparsity does not act"
+
+
+def test_a_tree_without_a_verdict_is_forgotten() -> None:
     executor = _executor()
     seq = executor.open(64)
     executor.prefill(seq, _tokens(5))
-    with pytest.raises(UserError, match="chains only"):
-        executor.verify(seq, _tokens(3), np.array([-1, 0, 0]))
-    assert executor.length(seq) == 5
+    free = executor.room()
+    executor.verify(seq, _tokens(9, seed=1), PARENTS)
+    with pytest.raises(AssertionError, match="no path"):
+        executor.accept(seq, [0, 3])
+    executor.verify(seq, _tokens(9, seed=1), PARENTS)
+    executor.trim(seq, 5)
+    assert executor.length(seq) == 5 and executor.room() == free
 
 
 def test_fork_shares_and_diverges() -> None:

@@ -27,7 +27,7 @@ def taught(costs: dict[int, float], share: float, rounds: int = 600) -> AutoSize
     size = AutoSize(costs)
     for _ in range(rounds):
         tree = chain(size.largest)
-        size.record(tree, list(range(int(share * len(tree)))))
+        size.record(tree, list(range(int(share * len(tree)))), 0.0)
     return size
 
 
@@ -52,7 +52,7 @@ def test_best_is_the_maximum_of_the_formula() -> None:
     size, make = AutoSize(costs), np.random.default_rng(1)
     for _ in range(300):
         tree = chain(20)
-        size.record(tree, list(range(make.integers(0, 8))))
+        size.record(tree, list(range(make.integers(0, 8))), 0.0)
     price = lambda rows: float(np.interp(rows, list(costs), list(costs.values())))
     luck = size._luck
     speeds = {n: (1 + luck[:n].sum()) / price(n + 1) for n in range(1, 64)}
@@ -71,7 +71,7 @@ def test_better_luck_is_noticed() -> None:
     for _ in range(50 * PROBE):
         rows = size.rows(1)
         if rows:
-            size.record(chain(rows), list(range(rows)))
+            size.record(chain(rows), list(range(rows)), 0.0)
     assert size.best(1) > 8
 
 

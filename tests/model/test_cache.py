@@ -80,10 +80,14 @@ def test_any_sequence_of_operations(operations: list, random: object) -> None:
                 cache.trim(seq, len(known[seq]))
             elif what == "tree":
                 fresh = list(range(token, token + amount))
-                _append(cache, seq, fresh)
-                kept = sorted(random.sample(range(amount), random.randint(0, amount)))
-                cache.accept(seq, kept)
-                known[seq] = ids + [fresh[row] for row in kept]
+                branch = cache.fork(seq, len(ids) + amount)
+                try:
+                    _append(cache, branch, fresh)
+                    kept = random.randint(0, amount)
+                    cache.extend(seq, branch, kept)
+                    known[seq] = ids + fresh[:kept]
+                finally:
+                    cache.close(branch)
                 token += amount
             elif what == "fork":
                 known[cache.fork(seq, len(ids) + amount)] = list(ids)

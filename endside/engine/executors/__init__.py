@@ -34,7 +34,6 @@ CHOICES = {
     "group": (32, 64, 128),
     "head": ("auto", "none", "int8", "int4"),
     "kv": ("auto", "f16", "bf16", "int8"),
-    "draft": ("auto", "none", "lookup"),
     "isa": ("auto", "portable", "avx2", "avx512", "neon", "neon_i8mm"),
 }
 NATIVE_ONLY = {"quant": "none", "group": 128, "head": "auto", "kv": "auto", "isa": "auto"}
@@ -60,7 +59,7 @@ class Plan:
     capacity: int | None = None  # tokens of all running requests together; None: one context
     threads: int | None = None  # CPU threads; None: native: one per core, torch: its choice
     max_batch: int = 8  # requests that run at once
-    draft: Literal["auto", "none", "lookup"] = "auto"  # guessed tokens; auto: lookup, natively
+    draft: str = "auto"  # guesses: none, lookup, a folder (head, smaller model); auto: lookup
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():

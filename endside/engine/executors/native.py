@@ -33,7 +33,7 @@ from endside.engine.executors.native_plan import (
     usable_threads,
 )
 from endside.engine.executors.native_sequences import Sequence, Sequences
-from endside.engine.executors.native_state import export, fill, identity, trace
+from endside.engine.executors.native_state import export, features, fill, identity, trace
 from endside.engine.executors.native_weights import (
     join,
     matrices,
@@ -52,6 +52,7 @@ from endside.formats.hf_config import with_attention
 from endside.model.flops import visible_keys
 from endside.model.presets import preset
 from endside.native.model import CHUNK, Model, Request
+from endside.quant.pack import bf16_to_float
 
 if TYPE_CHECKING:
     from endside.checkpoint import Checkpoint
@@ -90,6 +91,8 @@ class NativeExecutor:
         )
         self._embed, self._cache = embed, cache_type(plan)
         self._identity: str | None = None
+        self.feature_layers: tuple[int, ...] = ()
+        self._features: dict[int, np.ndarray] = {}
         self.sequences = Sequences(bounds.chunks, copy=self.model.copy_chunk)
         self._drafted: int | None = None  # the sequence whose tree the core still holds
 
@@ -112,7 +115,7 @@ class NativeExecutor:
             part = tokens[start : start + ROWS]
             last = start + len(part) == len(tokens)
             want = logits if logits != "last" or last else "none"
-            parts.append(self._forward([self._request(state, part, want=want)]))
+            parts.append(self._forward([self._request(state, part, want=want)], [seq], start > 0))
             state.stored += len(part)
         if logits == "none":
             return None
@@ -126,7 +129,7 @@ class NativeExecutor:
         for start in range(0, len(seqs), ROWS):
             rows = range(start, min(start + ROWS, len(seqs)))
             wanted = [self._request(states[row], tokens[row : row + 1]) for row in rows]
-            parts.append(self._forward(wanted))
+            parts.append(self._forward(wanted, seqs[rows.start : rows.stop], start > 0))
         for state in states:
             state.stored += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -140,7 +143,7 @@ class NativeExecutor:
                 f"a draft of {len(tokens)} tokens: at most {TREES} are verified at once"
             )
         self.sequences.own({seq: max(depths) + 1})
-        logits = self._forward([self._request(state, tokens, parents=parents, want="all")])
+        logits = self._forward([self._request(state, tokens, parents=parents, want="all")], [seq])
         state.draft, state.parents = np.array(tokens), np.array(parents)
         self._drafted = seq
         return logits
@@ -156,7 +159,9 @@ class NativeExecutor:
         kept, held = state.draft[rows], self._drafted == seq
         state.draft = state.parents = None
         if not held and rows:
+            features = self._features
             self.prefill(seq, kept, logits="none")
+            self._features = features
             return
         if rows:
             self.model.accept(0, np.array(rows, dtype=np.int32))
@@ -194,6 +199,23 @@ class NativeExecutor:
         """How the last of `length` tokens attends: "dense" or "sparse", and the keys it sees."""
         seen = visible_keys(self.config, length)
         return ("dense" if seen == length else "sparse"), seen
+
+    def features(self, seq: int) -> np.ndarray:
+        """The rows of the last call, as `feature_layers` asks -> (T, F) float32."""
+        return self._features[seq]
+
+    def embed_rows(self, tokens: np.ndarray) -> np.ndarray:
+        """tokens (T,) -> what enters the first layer (T, C) float32."""
+        rows = self._embed[tokens]
+        wide = bf16_to_float(rows) if rows.dtype == np.uint16 else rows.astype(np.float32)
+        return wide * np.float32(self.config.scale_emb)
+
+    def head_rows(self, tokens: np.ndarray) -> np.ndarray:
+        """The output head's weights for tokens (T,) -> (T, C) float32."""
+        head, width = self.pack.matrices["head"], self.config.hidden_size
+        if len(tokens) == head.n:
+            return head.unpack()[tokens, :width]
+        return np.concatenate([head.unpack(int(token), 1)[:, :width] for token in tokens])
 
     def identity(self) -> str:
         """A digest of all that the keys of a sequence depend on."""
@@ -257,9 +279,25 @@ class NativeExecutor:
             want=want,
         )
 
-    def _forward(self, requests: Items[Request]) -> np.ndarray:
+    def _forward(
+        self, requests: Items[Request], seqs: Items[int], more: bool = False
+    ) -> np.ndarray:
+        """Logits of rows of `seqs`; more: they go on with the last call's, and so do features."""
         self._drafted = None
-        return self.model.forward(list(requests))
+        if not self.feature_layers:
+            return self.model.forward(list(requests))
+        counts = [len(each.tokens) for each in requests]
+        size = (self.config.num_hidden_layers + 1, sum(counts), self.config.hidden_size)
+        residual = np.empty(size, np.float32)
+        logits = self.model.forward(list(requests), trace=residual)
+        rows = features(residual, self.feature_layers, self.pack, self.config)
+        before = self._features if more else {}
+        parts = zip(seqs, np.split(rows, np.cumsum(counts)[:-1]), strict=True)
+        self._features = before | {
+            seq: np.concatenate([before[seq], part]) if seq in before else part
+            for seq, part in parts
+        }
+        return logits
 
 
 def _depths(parents: np.ndarray) -> list[int]:

@@ -91,8 +91,28 @@ def trace(
         asked = Request(tokens=part, chunks=chunks, start=start, want="all")
         model.forward([asked], out=logits[start:end], trace=taken)
         residual[:, start:end] = taken
-    last = residual[-1].astype(np.float64)
-    scale = np.sqrt((last**2).mean(-1, keepdims=True) + shape.norm_eps)
     stages = {"embed": residual[0]}
     stages |= {f"layer {index}": residual[index + 1] for index in range(shape.layers)}
-    return {**stages, "norm": (last / scale * norm).astype(np.float32), "logits": logits}
+    return {**stages, "norm": normed(residual[-1], norm, shape.norm_eps), "logits": logits}
+
+
+def normed(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """RMSNorm of x (T, C) in float64, each row by itself."""
+    wide = x.astype(np.float64)
+    scale = np.sqrt((wide**2).mean(-1, keepdims=True) + eps)
+    return (wide / scale * weight).astype(np.float32)
+
+
+def features(
+    residual: np.ndarray, layers: tuple[int, ...], weights: Pack, config: ModelConfig
+) -> np.ndarray:
+    """residual (L + 1, T, C) -> the streams entering `layers`, side by side (T, F).
+
+    Number L is what the output head reads: the last stream after the final norm.
+    """
+    last, norm = config.num_hidden_layers, weights.vectors["final_norm"]
+    parts = [
+        normed(residual[last], norm, config.rms_norm_eps) if layer == last else residual[layer]
+        for layer in layers
+    ]
+    return np.concatenate(parts, axis=1)

@@ -9,9 +9,8 @@ B = 1; the price is small there, since weights are read again for each row but c
 only with many. On other devices a decode step is one batched forward: faster, and equal only up to
 rounding.
 
-`verify` runs a chain (each token's parent is the one before it) as one forward of T rows; its
-logits equal those of T single steps up to rounding. Branching trees need a tree mask in attention
-and positions by depth: refused until speculation brings both.
+`verify` runs every path of a draft tree as a row of one batch (`torch_tree`); its logits equal
+those of single steps up to rounding.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 
 from endside.engine.executor import Full
-from endside.engine.executors import Plan, check_length, default_context, free_memory
+from endside.engine.executors import Plan, check_length, default_context, free_memory, torch_tree
 from endside.errors import UserError
 from endside.model.batch import Batch
 from endside.model.cache import PAGE, Cache, CacheFull
@@ -108,7 +107,10 @@ class TorchExecutor:
             raise UserError(f"context is {context} tokens: it must be at least 1")
         self.model = model.to(device=device, dtype=dtype).eval()
         self.device = torch.device(device)
-        self.vocab_size = model.config.vocab_size
+        self.config, self.vocab_size = model.config, model.config.vocab_size
+        self.feature_layers: tuple[int, ...] = ()
+        self._features: dict[int, np.ndarray] = {}
+        self._drafts: dict[int, torch_tree.Draft] = {}
         self.context = context
         self.cache = Cache(model.config, tokens=capacity or context, dtype=dtype, device=device)
         self.capacity = self.cache.capacity
@@ -121,8 +123,9 @@ class TorchExecutor:
             raise Full(str(error)) from error
 
     def length(self, seq: int) -> int:
-        """Tokens stored for `seq`."""
-        return self.cache.length(seq)
+        """Tokens stored for `seq`, an undecided draft included."""
+        draft = self._drafts.get(seq)
+        return self.cache.length(seq) + (len(draft.tokens) if draft else 0)
 
     @torch.inference_mode()
     def prefill(self, seq: int, tokens: np.ndarray, *, logits: str = "last") -> np.ndarray | None:
@@ -140,30 +143,53 @@ class TorchExecutor:
         """Append tokens (B,), one to each of `seqs` -> logits (B, V)."""
         if self.device.type != "cpu":
             return self._logits(self._forward(seqs, tokens[:, None])[:, -1])
-        rows = [
-            self._logits(self._forward([seq], tokens[row : row + 1, None])[:, -1])
-            for row, seq in enumerate(seqs)
-        ]
+        rows, kept = [], {}
+        for row, seq in enumerate(seqs):
+            rows.append(self._logits(self._forward([seq], tokens[row : row + 1, None])[:, -1]))
+            kept |= self._features
+        self._features = kept
         return np.concatenate(rows)
 
+    @torch.inference_mode()
     def verify(self, seq: int, tokens: np.ndarray, parents: np.ndarray) -> np.ndarray:
-        """Append a chain of draft tokens (T,) provisionally -> logits (T, V)."""
-        if not np.array_equal(parents, np.arange(len(tokens)) - 1):
-            raise UserError(
-                "the torch executor verifies chains only, each token's parent being the one "
-                "before it: ask for a draft of width 1"
-            )
-        logits = self.prefill(seq, tokens, logits="all")
-        assert logits is not None, "logits of every position were asked for"
-        return logits
+        """Append a draft tree (T,) provisionally, `parents` index it or are -1 -> logits (T, V)."""
+        self._forget(seq)
+        features: list[np.ndarray] = []
 
+        def run(seqs: list[int], rows: np.ndarray) -> torch.Tensor:
+            hidden = self._forward(seqs, rows)
+            features.extend(self._features[one] for one in seqs if self.feature_layers)
+            return hidden
+
+        draft, hidden, place = torch_tree.verify(self.cache, seq, tokens, parents, run)
+        self._drafts[seq] = draft
+        if self.feature_layers:
+            self._features = {seq: np.stack(features)[place[:, 0], place[:, 1]]}
+        return self._logits(hidden)
+
+    @torch.inference_mode()
     def accept(self, seq: int, rows: list[int]) -> None:
-        """Keep these rows of the last verified draft and drop the others."""
-        self.cache.accept(seq, rows)
+        """Keep these rows of the last verified tree, root to leaf, and drop the others."""
+        draft, features = self._drafts[seq], self._features
+        assert not rows or any(path[: len(rows)] == rows for path in draft.paths), (
+            f"{rows} is no path from the root"
+        )
+        torch_tree.accept(self.cache, seq, draft, rows, self._forward)
+        del self._drafts[seq]
+        self._features = features
 
     def trim(self, seq: int, length: int) -> None:
         """Forget every token of `seq` from position `length` on."""
+        kept = length - self.cache.length(seq)
+        if kept > 0:
+            self.accept(seq, list(range(kept)))
+        self._forget(seq)
         self.cache.trim(seq, length)
+
+    def _forget(self, seq: int) -> None:
+        """Drop a tree that nobody decided about."""
+        if seq in self._drafts:
+            torch_tree.drop(self.cache, self._drafts.pop(seq))
 
     def fork(self, seq: int, tokens: int, length: int | None = None) -> int:
         """A new sequence that shares `seq`'s first `length` tokens, with room for `tokens`."""
@@ -182,12 +208,29 @@ class TorchExecutor:
 
     def close(self, seq: int) -> None:
         """Give the pages of `seq` back."""
+        self._forget(seq)
         self.cache.close(seq)
 
     def attention(self, length: int) -> tuple[str, int]:
         """How the last of `length` tokens attends: "dense" or "sparse", and the keys it sees."""
         seen = visible_keys(self.model.config, length)
         return ("dense" if seen == length else "sparse"), seen
+
+    def features(self, seq: int) -> np.ndarray:
+        """The rows of the last call, as `feature_layers` asks -> (T, F) float32."""
+        return self._features[seq]
+
+    @torch.inference_mode()
+    def embed_rows(self, tokens: np.ndarray) -> np.ndarray:
+        """tokens (T,) -> what enters the first layer (T, C) float32."""
+        ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(self.device)
+        return self.model.embed(ids).float().cpu().numpy()
+
+    def head_rows(self, tokens: np.ndarray) -> np.ndarray:
+        """The output head's weights for tokens (T,) -> (T, C) float32."""
+        tied = self.config.tie_word_embeddings
+        weight = self.model.embed_tokens.weight if tied else self.model.lm_head.weight
+        return weight.detach()[torch.from_numpy(tokens).to(self.device)].float().cpu().numpy()
 
     def identity(self) -> str:
         """A digest of all that the keys of a sequence depend on."""
@@ -250,7 +293,28 @@ class TorchExecutor:
     def _forward(self, seqs: list[int], tokens: np.ndarray) -> torch.Tensor:
         """tokens (B, T) int64 appended to `seqs` -> hidden (B, T, C)."""
         ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(self.device)
-        return self.model(Batch(tokens=ids, seqs=tuple(seqs)), self.cache)
+        return self._run(Batch(tokens=ids, seqs=tuple(seqs)))
+
+    def _run(self, batch: Batch) -> torch.Tensor:
+        """hidden (B, T, C) of a batch; the features that are asked for are kept by sequence."""
+        if not self.feature_layers:
+            return self.model(batch, self.cache)
+        streams: dict[int, torch.Tensor] = {}
+        asked = [layer for layer in self.feature_layers if layer < len(self.model.layers)]
+        hooks = [
+            self.model.layers[layer].register_forward_pre_hook(
+                lambda module, given, layer=layer: streams.update({layer: given[0]})
+            )
+            for layer in asked
+        ]
+        try:
+            hidden = streams[len(self.model.layers)] = self.model(batch, self.cache)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        rows = torch.cat([streams[layer] for layer in self.feature_layers], -1).float().cpu()
+        self._features = dict(zip(batch.seqs or (), rows.numpy(), strict=True))
+        return hidden
 
     def _logits(self, hidden: torch.Tensor) -> np.ndarray:
         return self.model.logits(hidden).float().cpu().numpy()
