@@ -71,7 +71,7 @@ def read(checkpoint: Checkpoint, vocab_size: int | None = None) -> DraftHead:
     vocab_size: the model's, for a folder whose own config does not say it.
     """
     raw = dict(checkpoint.config)
-    bits = raw.pop("endside_draft", {}).get("bits", "none")
+    ours = raw.pop("endside_draft", {})
     names = {_short(name): name for name in checkpoint.names()}
     kind = _kind(names, checkpoint.folder)
     raw["architectures"] = []
@@ -84,9 +84,8 @@ def read(checkpoint: Checkpoint, vocab_size: int | None = None) -> DraftHead:
     }  # fmt: skip
     ids = _own_vocabulary(checkpoint, names, config, kind)
     if kind == "mtp":
-        half = config.hidden_size
-        tensors["fc.weight"] = np.roll(tensors["fc.weight"], half, axis=1)
-    head = DraftHead(kind, config, tensors, ids, bits)
+        tensors["fc.weight"] = np.roll(tensors["fc.weight"], config.hidden_size, axis=1)
+    head = DraftHead(ours.get("kind", kind), config, tensors, ids, ours.get("bits", "none"))
     _check(head, checkpoint.folder)
     return head
 
@@ -175,8 +174,7 @@ def _check(head: DraftHead, folder: Path) -> None:
 
 
 def write(head: DraftHead, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write an EAGLE-2 or EAGLE-3 head in its published layout, float32."""
-    assert head.kind != "mtp", "an mtp head lives in its model's checkpoint"
+    """Write a head in its published layout, float32; mtp, which has none of its own, as eagle2."""
     tensors = {name: _source(array) for name, array in head.tensors.items()}
     files: dict[str, bytes | Path] = {}
     if head.kind == "eagle3":
@@ -185,7 +183,7 @@ def write(head: DraftHead, folder: str | Path, *, overwrite: bool = False) -> Pa
             tensors["d2t"] = _source(head.ids - np.arange(len(head.ids)))
     elif head.ids is not None:
         files[RANKING] = ranking_bytes(head.ids)
-    raw = config_to_hf(replace(head.config, num_hidden_layers=1), dtype="float32")
+    raw = config_to_hf(replace(head.config, mtp_layers=0, sparse=None), dtype="float32")
     raw["endside_draft"] = {"kind": head.kind, "bits": head.bits}
     files["config.json"] = json_bytes(raw)
     return write_folder(folder, tensors, files, overwrite=overwrite)

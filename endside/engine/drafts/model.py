@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from endside.checkpoint import Checkpoint
-from endside.engine.draft import Tree
+from endside.engine.draft import MAX_ROWS, Tree
 from endside.engine.drafts.expand import DEPTH, expand
 from endside.engine.executor import Executor, Full
 from endside.engine.executors import Plan, create
@@ -24,10 +24,9 @@ WIDTH = 4  # nodes of a level: every one is a row of a pass
 
 
 def load(checkpoint: Checkpoint, target: Executor, plan: Plan) -> ModelDrafts:
-    """The model of a folder on the target's executor, for texts as long as the target's."""
-    return ModelDrafts(
-        create(checkpoint, replace(plan, draft="none", context=target.context, capacity=None))
-    )
+    """The model of a folder on the target's executor, for as many and as long texts."""
+    sizes = {"context": target.context, "capacity": target.capacity}
+    return ModelDrafts(create(checkpoint, replace(plan, draft="none", **sizes)))
 
 
 class ModelDrafts:
@@ -41,20 +40,24 @@ class ModelDrafts:
 
     def start(self, request: Request) -> ModelDrafter:
         """A drafter that takes pages when it is first asked."""
-        return ModelDrafter(self)
+        wanted = request.sampling.max_tokens
+        longest = self.executor.context
+        if wanted is not None:
+            longest = min(longest, len(request.tokens) + wanted + MAX_ROWS)
+        return ModelDrafter(self, longest)
 
 
 class ModelDrafter:
-    """Implements `Drafter`."""
+    """Implements `Drafter`. longest: tokens of text and tree together."""
 
-    def __init__(self, drafts: ModelDrafts) -> None:
-        self._drafts, self._executor = drafts, drafts.executor
+    def __init__(self, drafts: ModelDrafts, longest: int) -> None:
+        self._drafts, self._executor, self._longest = drafts, drafts.executor, longest
         self._seq: int | None = None
         self._stored = np.empty(0, np.int64)
 
     def propose(self, history: np.ndarray, rows: int) -> Tree:
         """The likeliest `rows` nodes after history (S,); none where its pages are all taken."""
-        rows = min(rows, self._executor.context - len(history))
+        rows = min(rows, self._longest - len(history))
         if rows < 1 or not self._open():
             return Tree.empty()
         first = self._follow(history)
@@ -74,7 +77,7 @@ class ModelDrafter:
     def _open(self) -> bool:
         if self._seq is None:
             try:
-                self._seq = self._executor.open(self._executor.context)
+                self._seq = self._executor.open(self._longest)
             except Full:
                 return False
         return True
