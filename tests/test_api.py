@@ -13,6 +13,7 @@ import torch
 
 import endside
 from endside import LLM, native
+from endside.engine.draft import FixedSize
 from endside.engine.executors.torch import TorchExecutor
 from endside.errors import UserError
 from endside.formats.hf import save
@@ -336,6 +337,30 @@ def test_options_of_the_native_executor_act(folder: Path) -> None:
     assert executor.config.sparse is not None
     ids = list(range(3, 60))
     assert np.abs(few.logits(ids) - usual.logits(ids)).max() > 1e-3
+
+
+def test_drafts_are_accounted_for(folder: Path) -> None:
+    ids = [5, 6, 7, 8] * 6
+    answers = {}
+    for draft in ("none", "lookup"):
+        llm = LLM(folder, draft=draft)
+        llm.engine.size = FixedSize(4)
+        answers[draft] = llm.generate(ids, max_tokens=20)
+    plain, drafted = answers["none"].speculative, answers["lookup"].speculative
+    assert (plain.draft, plain.passes, plain.drafted, plain.mean_accepted) == ("none", 20, 0, 1.0)
+    assert drafted.draft == "lookup" and drafted.drafted > 0
+    assert drafted.mean_accepted == 20 / drafted.passes
+    assert answers["lookup"].text == answers["none"].text
+
+
+def test_a_draft_measures_the_machine_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in range(2):
+        LLM(folder, draft="lookup").generate([5, 6, 7, 8] * 6, max_tokens=20)
+        (file,) = (tmp_path / "endside" / "verify").iterdir()
+    assert json.loads(file.read_text())["seconds_by_rows"]["1"] > 0
 
 
 def test_a_model_in_memory_needs_no_folder(llm: LLM) -> None:

@@ -165,10 +165,9 @@ class Engine:
         """One pass for each: a draft tree by itself, or a token in a batch with others."""
         plain, tokens = [], []
         for sequence in sequences:
-            begun = time.perf_counter()
-            tree = self._guess(sequence, len(sequences))
+            tree, seconds = self._guess(sequence, len(sequences))
             if len(tree):
-                tokens += self._verify(sequence, tree, time.perf_counter() - begun)
+                tokens += self._verify(sequence, tree, seconds)
             else:
                 plain.append(sequence)
         return tokens + self._decode(plain)
@@ -186,29 +185,34 @@ class Engine:
             self._observe(sequence, np.array([token]))
         return tokens
 
-    def _guess(self, sequence: Sequence, running: int) -> Tree:
-        """The draft to verify now; tokens that are settled already go before any guess."""
+    def _guess(self, sequence: Sequence, running: int) -> tuple[Tree, float | None]:
+        """The draft to verify now, and the seconds it took; None: its tokens are no guess.
+
+        Tokens that are settled already go before any guess.
+        """
         # The root's row takes a token of the room, and the last token is stored by no pass.
         depth = sequence.choice.room - 1
         if depth < 1:
-            return Tree.empty()
+            return Tree.empty(), None
         rows = MAX_ROWS - 1
         settled = sequence.choice.settled() if self.drafts or self.executor.row_exact else []
         if settled:
-            return Tree.chain(settled).cut(rows, depth)
+            return Tree.chain(settled).cut(rows, depth), None
         if sequence.drafter is None:
-            return Tree.empty()
+            return Tree.empty(), None
         rows = min(rows, self.size.rows(running))
         if rows < 1:
-            return Tree.empty()
+            return Tree.empty(), None
+        begun = time.perf_counter()
         tree = sequence.drafter.propose(sequence.choice.tokens, rows)
+        seconds = time.perf_counter() - begun
         tree.check(self.executor.vocab_size)
-        return tree.cut(rows, depth)
+        return tree.cut(rows, depth), seconds
 
-    def _verify(self, sequence: Sequence, tree: Tree, seconds: float) -> list[Token]:
+    def _verify(self, sequence: Sequence, tree: Tree, seconds: float | None) -> list[Token]:
         """Run the last token and a tree behind it; keep the path that the model itself takes.
 
-        seconds: what the guess took.
+        seconds: what the guess took; None: it was none.
         """
         choice = sequence.choice
         rows = np.concatenate([choice.tokens[-1:], tree.tokens])
@@ -220,7 +224,9 @@ class Engine:
         if sequence.handle.done:
             return []
         self.executor.accept(sequence.slot, path)
-        self.size.record(tree, [row - 1 for row in path[1:]], seconds)
+        if seconds is not None:
+            self.size.record(tree, [row - 1 for row in path[1:]], seconds)
+        sequence.handle.drafted += len(tree)
         tokens = self._deliver(sequence, steps)
         self._observe(sequence, rows[path], path)
         return tokens

@@ -223,6 +223,7 @@ class Handle:
         self.error: Exception | None = None
         self.reused = 0  # prompt tokens that the prefix cache had
         self.runs = 0  # passes of the model that brought tokens: fewer than tokens with a draft
+        self.drafted = 0  # tokens guessed and verified in them
         self.times = Times(submitted=time.perf_counter())
         self._step = step
         self._ready: list[Token] = []

@@ -9,7 +9,8 @@ are best there (SpecMQuant's finding), while a GPU takes 60.
     tokens per second (n) = (1 + p(0) + … + p(n - 1)) / (c(n + 1) + n g)     g: guessing a node
     without a tree        = running / c(running)                     the others share the pass
 
-Sizes not in use are not measured, so now and then (`PROBE`) a larger tree is tried. Costs depend on
+Sizes not in use are not measured, so now and then (`PROBE`) a larger tree is tried; more and more
+rarely (`RARELY`) where none pays, and again at once when the try kept two tokens. Costs depend on
 machine, threads and model and lie in the user's cache folder, one small file each.
 """
 
@@ -20,6 +21,7 @@ import json
 import platform
 import statistics
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ BUDGET = 2.0  # seconds of timing at most
 DEAR = 8.0  # times the price of one row: no tree brings that many tokens
 CONTEXT = 32  # tokens before the timed rows
 MEMORY = 0.97  # of what is known about a node's luck, after each tree
+RECENT = 8  # guesses whose time is remembered
 PROBE = 32  # passes between tries of a larger tree
+RARELY = 8 * PROBE  # the same where trees have not paid for long
 VERSION = 1
 
 
@@ -111,16 +115,20 @@ class AutoSize:
         self._cost = np.interp(np.arange(MAX_ROWS + 1), known, [costs[one] for one in known])
         # Before anything is known, a chain whose tokens are right two times in three.
         self._luck = (2 / 3) ** np.arange(1, MAX_ROWS)
+        self._times: deque[float] = deque(maxlen=RECENT)
         self._guess = 0.0  # seconds a node takes to be guessed
-        self._passes = 0
+        self._pause = self._until = PROBE  # passes between tries, and until the next one
+        self._off = False
 
     def rows(self, running: int) -> int:
         """Nodes of the next tree; 0 where plain decoding brings more tokens per second."""
-        self._passes += 1
         best = self.best(running)
-        if self._passes % PROBE == 0:
-            return min(max(2 * best, 4), self.largest)
-        return best
+        self._off = best == 0
+        self._until -= 1
+        if self._until > 0:
+            return best
+        self._pause = self._until = min(2 * self._pause, RARELY) if self._off else PROBE
+        return min(max(2 * best, 4), self.largest)
 
     def best(self, running: int) -> int:
         """The size that pays most, as far as is known."""
@@ -134,12 +142,16 @@ class AutoSize:
 
     def record(self, tree: Tree, path: list[int], seconds: float) -> None:
         """A tree was guessed in `seconds` and verified; path: its nodes that were kept."""
-        self._guess = MEMORY * self._guess + (1 - MEMORY) * seconds / len(tree)
+        # The least of some: a guess may have to catch up with a prompt, or with passes without one.
+        self._times.append(seconds / len(tree))
+        self._guess = min(self._times) if len(self._times) > 1 else 0.0
         kept = np.zeros(len(tree))
         kept[path] = 1.0
         luck = self._luck[: len(tree)]
         luck *= MEMORY
         luck += (1 - MEMORY) * kept
+        if self._off and len(path) > 1:
+            self._until, self._pause = 1, PROBE
 
 
 class LazySize:

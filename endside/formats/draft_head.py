@@ -9,10 +9,12 @@ Three layouts become one set of names (formats §4.1, §4.2):
     mtp      model.mtp.* inside a checkpoint that was trained with such a layer; its projection has
              the columns in the other order
 
-vLLM's EAGLE-2 folders prefix the names and bring copies of embedding and head, which are the
-model's and are left alone. Frequencies (FR-Spec, arXiv 2502.14856) are a file of token ids, the
-most frequent first: ours is an .npy of int32, which any reader understands and no reader executes;
-a published .pt list is read once with `torch.load(weights_only=True)`.
+CPM.cu's int4 folders are read too (formats/draft_marlin.py). vLLM's EAGLE-2 folders prefix the
+names and bring copies of embedding and head, which are the model's and are left alone.
+
+Frequencies (FR-Spec, arXiv 2502.14856) are a file of token ids, the most frequent first: ours is an
+.npy of int32, which any reader understands and no reader executes; a published .pt list is read
+once with `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import numpy as np
 
 from endside.checkpoint import Checkpoint, TensorSource, write_folder
 from endside.errors import UserError
+from endside.formats.draft_marlin import ENDINGS, linears
 from endside.formats.hf_config import config_from_hf, config_to_hf, json_bytes
 from endside.model.config import ModelConfig
 
@@ -52,17 +55,14 @@ class DraftHead:
     tensors: Mapping[str, np.ndarray]
     ids: np.ndarray | None = None  # (Vd,) the model's token for each of its own; None: the same
     bits: str = "none"  # "int4": it was trained in those
-
-    @property
-    def window(self) -> int:
-        """Tokens it looks back: what CPM.cu gives a draft."""
-        return 1024
+    group: int = 32  # weights per scale, where it was trained in low bits
 
 
 def holds(checkpoint: Checkpoint) -> bool:
     """Whether a folder has a draft head, and not a whole model without one."""
     names = {_short(name) for name in checkpoint.names()}
-    return "fc.weight" in names or any(name.startswith("mtp.") for name in names)
+    mtp = any(name.startswith("mtp.") for name in names)
+    return mtp or "fc.weight" in names or "fc.qweight" in names
 
 
 def read(checkpoint: Checkpoint, vocab_size: int | None = None) -> DraftHead:
@@ -72,22 +72,35 @@ def read(checkpoint: Checkpoint, vocab_size: int | None = None) -> DraftHead:
     """
     raw = dict(checkpoint.config)
     ours = raw.pop("endside_draft", {})
+    raw.pop("quantization_config", None)  # the names of the tensors say it
     names = {_short(name): name for name in checkpoint.names()}
-    kind = _kind(names, checkpoint.folder)
     raw["architectures"] = []
     raw.setdefault("model_type", "llama" if raw.get("scale_emb") is None else "minicpm")
     raw.setdefault("vocab_size", vocab_size)
     config, _ = config_from_hf(raw)
-    tensors = {
-        own: _float(checkpoint, name)
-        for own, name in _names(kind, names).items()
-    }  # fmt: skip
+    low = _low_bits(checkpoint, names, config)
+    names = {own: name for own, name in names.items() if not own.endswith(ENDINGS)}
+    kind = _kind({**names, **dict.fromkeys(low, "")}, checkpoint.folder)
+    plain = {own: _float(checkpoint, name) for own, name in _names(kind, names).items()}
+    tensors = {**plain, **low}
     ids = _own_vocabulary(checkpoint, names, config, kind)
     if kind == "mtp":
         tensors["fc.weight"] = np.roll(tensors["fc.weight"], config.hidden_size, axis=1)
-    head = DraftHead(ours.get("kind", kind), config, tensors, ids, ours.get("bits", "none"))
+    bits, group = ours.get("bits", "none"), ours.get("group", 32)
+    head = DraftHead(ours.get("kind", kind), config, tensors, ids, bits, group)
     _check(head, checkpoint.folder)
     return head
+
+
+def _low_bits(
+    checkpoint: Checkpoint, names: Mapping[str, str], config: ModelConfig
+) -> dict[str, np.ndarray]:
+    """Linears that CPM.cu stored in int4, under our names."""
+    if "fc.qweight" not in names:
+        return {}
+    packed = {one: checkpoint.numpy(names[one]) for one in names if one.endswith(ENDINGS)}
+    wide = f"{LAYER}hidden_norm.weight" in names
+    return linears(packed, config, wide=wide, folder=checkpoint.folder)
 
 
 def _short(name: str) -> str:
@@ -184,7 +197,7 @@ def write(head: DraftHead, folder: str | Path, *, overwrite: bool = False) -> Pa
     elif head.ids is not None:
         files[RANKING] = ranking_bytes(head.ids)
     raw = config_to_hf(replace(head.config, mtp_layers=0, sparse=None), dtype="float32")
-    raw["endside_draft"] = {"kind": head.kind, "bits": head.bits}
+    raw["endside_draft"] = {"kind": head.kind, "bits": head.bits, "group": head.group}
     files["config.json"] = json_bytes(raw)
     return write_folder(folder, tensors, files, overwrite=overwrite)
 

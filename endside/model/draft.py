@@ -1,10 +1,10 @@
 """The trainable draft head: `engine/drafts/head.py` in PyTorch, over whole sequences.
 
 Training unrolls the head on itself, as it will run: at step 0 the pair at position t has the
-model's own hidden state, at step k the state that step k - 1 left at t - 1. A query of step k stands on a
-path of k guesses behind position t - k, so it sees the pairs of step 0 up to t - k and one pair of
-each later step (EAGLE-3's training-time test, arXiv 2503.01840, section 3.2). Without it a head is
-only ever right once in a row.
+model's own hidden state, at step k the state that step k - 1 left at t - 1. A query of step k
+stands on a path of k guesses behind position t - k, so it sees the pairs of step 0 up to t - k and
+one pair of each later step (EAGLE-3's training-time test, arXiv 2503.01840, section 3.2). Without
+it a head is only ever right once in a row.
 """
 
 from __future__ import annotations

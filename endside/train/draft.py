@@ -9,9 +9,9 @@
 
 The model is frozen and stands outside: a run's checkpoints hold the head alone. With
 `bits = "int4"` the projections are trained as they will be rounded (MiniCPM4, section 4.1.3: a
-draft rounded afterwards loses acceptance, one trained so does not). `evaluate` follows the head for `unroll` steps
-on held-out text and counts how many guesses in a row are what the text says: the mean accepted
-length, the token that comes for nothing included.
+draft rounded afterwards loses acceptance, one trained so does not). `evaluate` follows the head for
+`unroll` steps on held-out text and counts how many guesses in a row are what the text says: the
+mean accepted length, the token that comes for nothing included.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from endside.data.loader import Loader, LoaderConfig, TokenBatch, Windows
 from endside.data.pack import Packed
 from endside.errors import UserError
 from endside.formats import draft_head
+from endside.model.config import ModelConfig
 from endside.model.draft import DraftHead, Pairs, feature_layers
 from endside.model.transformer import Transformer
 from endside.quant.pack import Scheme
@@ -72,6 +73,7 @@ class DraftConfig:
     seq_len: int = 128
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None
     eval_every: int = 100
     eval_rows: int = 64
@@ -89,6 +91,8 @@ class DraftConfig:
                 f"seq_len {self.seq_len} leaves no guess of {self.unroll} steps to check: "
                 "lengthen it or lower unroll"
             )
+        if self.group not in (32, 64, 128):
+            raise UserError(f"group is {self.group}: weights share a scale by 32, 64 or 128")
         if self.keep and (self.kind != "eagle3" or not self.ranking):
             raise UserError("keep cuts eagle3's own head by frequency: give kind and ranking too")
         check(self.steps, self.schedule)
@@ -96,15 +100,29 @@ class DraftConfig:
 
 def train(cfg: DraftConfig, model: Transformer, packed: Packed, run: RunFolder) -> Path:
     """Train from the run's newest checkpoint to `cfg.steps` -> folder of the head."""
+    _fits(cfg, model.config, packed)
     run.fix(cfg, free=("run",))
     torch.manual_seed(cfg.seed)
-    model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False).to(cfg.device)
     ids = _ids(cfg, model.config.vocab_size)
-    head = make(cfg, model, ids)
+    head = make(cfg, model, ids).to(cfg.device)
     batches = Loader(packed, LoaderConfig(cfg.batch, cfg.seq_len, cfg.seed))
     measure = accepted_length(model, packed, cfg, ids)
     loop(head, batches, loss_of(model, cfg, ids), cfg, run, evaluate=measure)
     return draft_head.write(export(head, cfg, ids), run.path / "draft", overwrite=True)
+
+
+def _fits(cfg: DraftConfig, model: ModelConfig, packed: Packed) -> None:
+    if packed.index.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the shards in {packed.folder} use a vocabulary of {packed.index.vocab_size}, the "
+            f"model {cfg.model} has {model.vocab_size}: give text that this model wrote"
+        )
+    if cfg.kind == "eagle3" and model.num_hidden_layers < 6:
+        raise UserError(
+            f"eagle3 reads three layers inside the model, and {cfg.model} has "
+            f"{model.num_hidden_layers} in all: at least 6 are needed, or take kind = eagle2"
+        )
 
 
 def make(cfg: DraftConfig, model: Transformer, ids: torch.Tensor | None) -> DraftHead:
@@ -135,11 +153,11 @@ def loss_of(model: Transformer, cfg: DraftConfig, ids: torch.Tensor | None) -> L
 
     def loss_fn(head: nn.Module, batch: TokenBatch) -> Loss:
         pairs, hidden = teach(model, batch, cfg.kind)
-        own = _output(model, cfg.kind)
+        own = _output(model, cfg.kind, ids)
         with torch.no_grad():
             wanted = model.logits(hidden)
             wanted = (wanted if ids is None else wanted[..., ids]).softmax(-1)[:, 1:]
-        total, parts = torch.zeros(()), {}
+        total, parts = torch.zeros((), device=hidden.device), {}
         for step, states in enumerate(head(pairs, cfg.unroll)):
             logits = head.guess(states[:, :-1], own)
             inside = _inside(pairs.documents, step)
@@ -147,17 +165,19 @@ def loss_of(model: Transformer, cfg: DraftConfig, ids: torch.Tensor | None) -> L
             mean = (each * inside).sum() / inside.sum().clamp(min=1)
             total = total + DECAY**step * mean
             parts[f"loss_{step + 1}"] = mean.detach()
-        count = torch.tensor(pairs.positions.numel())
+        count = torch.tensor(pairs.positions.numel(), device=hidden.device)
         return Loss(total * count, total.detach(), count, parts)
 
     return loss_fn
 
 
-def _output(model: Transformer, kind: str) -> torch.Tensor | None:
+def _output(model: Transformer, kind: str, ids: torch.Tensor | None) -> torch.Tensor | None:
+    """(Vd, C): the rows of the model's head that are guessed with; None: the draft has its own."""
     if kind == "eagle3":
         return None
     tied = model.config.tie_word_embeddings
-    return model.embed_tokens.weight if tied else model.lm_head.weight
+    whole = model.embed_tokens.weight if tied else model.lm_head.weight
+    return whole if ids is None else whole[ids]
 
 
 @torch.no_grad()
@@ -207,7 +227,7 @@ def accepted_length(
         head.eval()
         kept = roots = 0.0
         for start in range(0, len(rows), cfg.batch):
-            batch = windows.stack(rows[start : start + cfg.batch])
+            batch = windows.stack(rows[start : start + cfg.batch]).to(cfg.device)
             right = matches(head, model, batch, cfg, ids)
             kept += float(right.cumprod(0).sum())
             roots += right[0].numel()
@@ -226,7 +246,7 @@ def matches(
 ) -> torch.Tensor:
     """(unroll, B, R) 0 or 1: whether guess k of a chain behind pair r is the text's own token."""
     pairs, _ = teach(model, batch, cfg.kind)
-    own = _output(model, cfg.kind)
+    own = _output(model, cfg.kind, ids)
     roots = batch.tokens.shape[1] - 1 - cfg.unroll
     right = []
     for step, states in enumerate(head(pairs, cfg.unroll)):
@@ -245,4 +265,4 @@ def export(head: DraftHead, cfg: DraftConfig, ids: torch.Tensor | None) -> draft
         value = fake_quantized(parameter, scheme) if rounded else parameter
         tensors[name] = value.float().cpu().numpy()
     own = None if ids is None else ids.numpy()
-    return draft_head.DraftHead(cfg.kind, head.config, tensors, own, cfg.bits)
+    return draft_head.DraftHead(cfg.kind, head.config, tensors, own, cfg.bits, cfg.group)

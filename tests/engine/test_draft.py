@@ -116,6 +116,31 @@ def test_right_guesses_save_passes() -> None:
     assert handle.runs < 20, f"{handle.runs} passes for 40 tokens"
 
 
+class Recording(FixedSize):
+    """Counts the trees it is told of."""
+
+    trees = 0
+
+    def record(self, tree: Tree, path: list[int], seconds: float) -> None:
+        object.__setattr__(self, "trees", self.trees + 1)
+
+
+def test_what_is_settled_teaches_nothing_about_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from endside.engine.choice import Choice
+
+    settled = lambda self: [int(history_logits(self.tokens.tolist(), VOCAB).argmax())]
+    ask = Request((1, 2), SamplingConfig(max_tokens=20, temperature=0.0))
+    for forced in (False, True):
+        if forced:
+            monkeypatch.setattr(Choice, "settled", settled)
+        size = Recording(4)
+        engine = Engine(FakeExecutor(), drafts=Guesses(1.0), size=size)
+        handle = engine.submit(ask)
+        assert len(list(handle)) == 20 and handle.drafted > 5
+        assert bool(size.trees) is not forced
+    assert handle.runs == 11, "two tokens a pass, where one of them was settled"
+
+
 def test_room_is_never_exceeded() -> None:
     """The fake executor fails on more tokens than were reserved; the context's last token comes."""
     engine = Engine(FakeExecutor(context=24), drafts=Guesses(1.0), size=FixedSize(30))

@@ -10,7 +10,7 @@ import pytest
 from endside.engine.draft import Tree
 from endside.engine.engine import Engine
 from endside.engine.request import Request, SamplingConfig
-from endside.engine.treesize import PROBE, AutoSize, LazySize, measure, remembered
+from endside.engine.treesize import PROBE, RARELY, AutoSize, LazySize, measure, remembered
 
 from .fake import FakeExecutor
 
@@ -61,9 +61,37 @@ def test_best_is_the_maximum_of_the_formula() -> None:
 
 
 def test_a_larger_tree_is_tried_now_and_then() -> None:
-    size = taught(CHEAP, 0.0)
+    size = taught(CHEAP, 0.5)
     asked = [size.rows(1) for _ in range(3 * PROBE)]
-    assert asked.count(0) == len(asked) - 3 and asked.count(4) == 3
+    assert asked.count(31) == len(asked) - 3 and asked.count(62) == 3
+
+
+def test_tries_that_fail_become_rare() -> None:
+    size = taught(DEAR, 0.0)
+    tried = [at + 1 for at in range(40 * PROBE) if size.rows(1)]
+    assert tried[:3] == [PROBE, 3 * PROBE, 7 * PROBE]
+    assert set(np.diff(tried[3:]).tolist()) == {RARELY}
+    size.record(chain(4), [0, 1], 0.0)
+    assert size.rows(1) == 4, "one that works is repeated"
+    size.record(chain(4), [0], 0.0)
+    assert size.rows(1) == 0
+
+
+def test_guesses_that_take_too_long_switch_drafts_off() -> None:
+    """After few trees: a draft as large as the model must not be paid for long."""
+    size = AutoSize({1: 1.0, 8: 1.2, 64: 8.0})
+    assert size.best(1) > 2
+    for _ in range(3):
+        size.record(chain(4), [0, 1], 4 * 1.5)
+    assert size.best(1) == 0
+
+
+def test_one_guess_that_took_long_is_no_rule() -> None:
+    """The first of an answer reads its prompt."""
+    size = AutoSize({1: 1.0, 8: 1.2, 64: 8.0})
+    for seconds in (4000.0, 0.01, 4000.0):
+        size.record(chain(4), [0, 1, 2], seconds)
+        assert size.best(1) > 2
 
 
 def test_better_luck_is_noticed() -> None:

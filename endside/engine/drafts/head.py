@@ -38,16 +38,16 @@ Product = Callable[[np.ndarray], np.ndarray]  # (n, K) -> (n, N)
 
 SLACK = 320  # rows beyond the window: a piece of a prompt, and a tree
 PIECE = 256  # rows of a prompt at a time
-GROUP = 32  # weights per scale
+GROUP = 32  # weights per scale, for a head that was not trained with others
 
 
-def product(weight: np.ndarray, bits: Bits, threads: int = 1) -> Product:
+def product(weight: np.ndarray, bits: Bits, group: int = GROUP) -> Product:
     """x -> x W^T for weight (N, K), by the native core where there is one."""
-    if native.load() is None or weight.shape[1] % GROUP:
+    if native.load() is None or weight.shape[1] % group:
         turned = np.ascontiguousarray(weight.T)
         return lambda x: x @ turned
-    packed = pack(weight, "bf16" if bits == "float" else bits, group=GROUP)
-    return lambda x: linear(np.ascontiguousarray(x), packed, threads=threads)
+    packed = pack(weight, "bf16" if bits == "float" else bits, group=group)
+    return lambda x: linear(np.ascontiguousarray(x), packed)
 
 
 class Window:
@@ -107,15 +107,15 @@ class Head:
         self.feature_layers = (2, last // 2, last - 3) if self.kind == "eagle3" else (last,)
 
     def _load(self, weights: DraftHead, bits: Bits) -> None:
-        tensors = weights.tensors
+        tensors, group = weights.tensors, weights.group
         of: Callable[[str], np.ndarray] = lambda name: tensors[f"{LAYER}{name}.weight"]
-        self._fc = product(tensors["fc.weight"], bits)
+        self._fc = product(tensors["fc.weight"], bits, group)
         parts = [of(f"self_attn.{name}_proj") for name in "qkv"]
-        self._qkv = product(np.concatenate(parts), bits)
-        self._o = product(of("self_attn.o_proj"), bits)
+        self._qkv = product(np.concatenate(parts), bits, group)
+        self._o = product(of("self_attn.o_proj"), bits, group)
         gate, up = of("mlp.gate_proj"), of("mlp.up_proj")
-        self._gate_up = product(np.concatenate([gate, up]), bits)
-        self._down = product(of("mlp.down_proj"), bits)
+        self._gate_up = product(np.concatenate([gate, up]), bits, group)
+        self._down = product(of("mlp.down_proj"), bits, group)
 
     def _output(
         self, weights: DraftHead, base: ModelConfig, rows: Callable[[np.ndarray], np.ndarray]
