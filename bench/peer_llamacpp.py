@@ -57,6 +57,19 @@ def driver(folder: Path, jobs: int = 1) -> Path:
     return program
 
 
+def server(folder: Path, jobs: int = 1) -> Path:
+    """llama-server, built where it is not there yet, with the options of the library."""
+    driver(folder, jobs)
+    program = folder / "build" / "bin" / "llama-server"
+    if not program.exists():
+        _say("building llama-server: 10 to 20 minutes of one core")
+        more = [f"-DLLAMA_BUILD_{one}=ON" for one in ("COMMON", "TOOLS", "SERVER")]
+        _run(["cmake", "-S", _source(folder), "-B", folder / "build", *more])
+        build = ["cmake", "--build", folder / "build", "--target", "llama-server"]
+        _run([*build, "-j", str(jobs)])
+    return program
+
+
 def limits(folder: Path) -> Path:
     """The program that measures bandwidth and peaks, built for this processor."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,12 +92,20 @@ def model(folder: Path, name: str) -> Path:
     if way == "blocks":
         _run([*maker, unfinished, "--preset", preset, "--kind", "Q4_0"])
     else:
-        plain = folder / f"{preset}-f16.gguf"
-        if not plain.exists():
-            _run([*maker, plain.with_suffix(".part"), "--preset", preset, "--kind", "F16"])
-            plain.with_suffix(".part").rename(plain)
-        _run([driver(folder), "quantize", plain, unfinished, name.rsplit("-", 1)[1]])
+        _run(
+            [driver(folder), "quantize", plain(folder, preset), unfinished, name.rsplit("-", 1)[1]]
+        )
     unfinished.rename(path)
+    return path
+
+
+def plain(folder: Path, preset: str) -> Path:
+    """The f16 file that llama.cpp's quantizer takes."""
+    path = folder / f"{preset}-f16.gguf"
+    if not path.exists():
+        part = path.with_suffix(".part")
+        _run([sys.executable, HERE / "peer_gguf.py", part, "--preset", preset, "--kind", "F16"])
+        part.rename(path)
     return path
 
 

@@ -60,6 +60,8 @@ class Speculative:
 
     draft: str  # "none", "lookup", ...
     mean_accepted: float
+    passes: int
+    drafted: int  # tokens that were guessed and verified
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,8 @@ class Stream(Iterator[Piece]):
             speculative=Speculative(
                 draft=self._engine.drafts.name if self._engine.drafts else "none",
                 mean_accepted=answer / handle.runs if handle.runs else 0.0,
+                passes=handle.runs,
+                drafted=handle.drafted,
             ),
             executor=executor.name,
             seed=handle.seed,

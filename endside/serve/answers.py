@@ -44,6 +44,8 @@ class Choice:
         self.tokens += tokens
         self.text += piece.text
         self.reasoning += piece.reasoning
+        for one in piece.tool_calls:
+            self.calls.append(call(len(self.calls), one.id, one.name, one.arguments))
         if piece.reasoning and not piece.text:
             self.thought += len(tokens)
         return tokens
@@ -55,6 +57,12 @@ class Choice:
         if self.calls and found == "stop":
             return "tool_calls"
         return found if found in ("stop", "length") else "stop"
+
+
+def call(index: int, id: str, name: str, arguments: str) -> dict[str, Any]:
+    """A tool call as it stands in a chunk."""
+    function = {"name": name, "arguments": arguments}
+    return {"index": index, "id": id, "type": "function", "function": function}
 
 
 class Shape(Protocol):

@@ -1,4 +1,4 @@
-"""What a request may bring, checked before anything reads it: size, encoding, depth of the JSON.
+"""What a request may bring, checked before anything reads it: size, time, encoding, depth of JSON.
 
 A body is read here once, up to the limit, and handed on whole. Python's parser stops at its own
 recursion limit, so a nested bomb costs a millisecond and is refused like any other bad JSON.
@@ -6,6 +6,7 @@ recursion limit, so a nested bomb costs a millisecond and is refused like any ot
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, NoReturn
@@ -16,6 +17,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+SECONDS = 60.0  # for a whole body to arrive
 
 
 class Limits:
@@ -31,8 +34,13 @@ class Limits:
             await self.app(scope, receive, send)
             return
         try:
-            body = await self._read(scope, receive)
+            async with asyncio.timeout(SECONDS):
+                body = await self._read(scope, receive)
             _check(body)
+        except TimeoutError:
+            late = ApiError(408, f"the body did not arrive in {SECONDS:.0f} seconds: send it again")
+            await response_of(late)(scope, receive, send)
+            return
         except ApiError as error:
             await response_of(error)(scope, receive, send)
             return

@@ -50,6 +50,8 @@ def run(app: FastAPI, runner: Runner, listening: socket.socket) -> None:
     """Serve until a signal; returns when the last answer has ended."""
     import uvicorn
 
+    from endside.serve.connection import Connection
+
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: object) -> None:
             if self.should_exit:
@@ -63,7 +65,8 @@ def run(app: FastAPI, runner: Runner, listening: socket.socket) -> None:
 
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, lifespan="off",
-        h11_max_incomplete_event_size=LARGEST_HEADERS, timeout_keep_alive=30, http="h11", ws="none",
+        h11_max_incomplete_event_size=LARGEST_HEADERS, timeout_keep_alive=30, http=Connection,
+        ws="none",
     )  # fmt: skip
     runner.start()
     Server(config).run(sockets=[listening])

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import tyro
 
     from endside.api import LLM, Generation, Stream
+    from endside.verbs.remote import Answer, Server
+    from endside.verbs.remote import Stream as RemoteStream
 else:
     tyro = lazily("tyro")
 
@@ -35,8 +37,8 @@ TALK = "--system, --think, --no-think and --thinking-budget"
 class Run:
     """Generate, or chat interactively without a prompt."""
 
-    model: tyro.conf.Positional[str]
-    """Local folder, .gguf file or hub name."""
+    model: tyro.conf.Positional[str | None] = None
+    """Local folder, .gguf file or hub name; with --server a name there, or left out."""
     prompt: tyro.conf.Positional[str | None] = None
     """Text to answer or continue; without it, what is piped in, else a chat."""
     file: Path | None = None
@@ -55,6 +57,8 @@ class Run:
     """Answer with a text that this regular expression matches as a whole."""
     grammar: Path | None = None
     """Answer with a text of the context-free grammar in this file (Lark's syntax)."""
+    server: str | None = None
+    """Ask the server at this address instead of loading a model."""
     session: Path | None = None
     """Go on with the conversation in this file, where there is one, and save it there."""
     raw: bool = False
@@ -75,12 +79,16 @@ def main(argv: list[str]) -> None:
     """Check the flags, load the model, answer."""
     flags = parse(Run, argv, "run")
     _check(flags)
+    llm: LLM | Server | None = None
+    if flags.server is not None:
+        from endside.verbs.remote import Server
+
+        llm = Server(flags.server)
+        flags = llm.settle(flags)
     prompt, options = _prompt(flags), _options(flags)
     if prompt is None and flags.json:
         raise UserError("--json prints one answer: give a prompt, --file, or pipe one in")
-    from endside.api import LLM
-
-    llm = LLM(flags.model, **{one.name: getattr(flags.plan, one.name) for one in fields(Plan)})
+    llm = llm or _load(flags)
     history = _history(llm, flags)
     if prompt is None:
         try:
@@ -98,7 +106,16 @@ def main(argv: list[str]) -> None:
         print(_stats(result), file=sys.stderr)
 
 
+def _load(flags: Run) -> LLM:
+    from endside.api import LLM
+
+    assert flags.model is not None, "checked"
+    return LLM(flags.model, **{one.name: getattr(flags.plan, one.name) for one in fields(Plan)})
+
+
 def _check(flags: Run) -> None:
+    if flags.model is None and flags.server is None:
+        raise UserError("MODEL is missing: give a folder, a .gguf file, a hub name or --server")
     if flags.think and flags.no_think:
         raise UserError("--think and --no-think contradict each other: give one")
     if flags.prompt is not None and flags.file is not None:
@@ -148,24 +165,33 @@ def _options(flags: Run) -> dict[str, Any]:
 
 
 def _ask(
-    llm: LLM, flags: Run, options: dict[str, Any], history: list[dict[str, Any]], prompt: str
-) -> Stream:
+    llm: LLM | Server,
+    flags: Run,
+    options: dict[str, Any],
+    history: list[dict[str, Any]],
+    prompt: str,
+) -> Stream | RemoteStream:
     """The answer to `prompt`, after the turns of `history`, not yet begun."""
+    think = True if flags.think else False if flags.no_think else None
+    messages = [*history, {"role": "user", "content": prompt}]
     # A base model that merely knows the turn tokens was never taught to answer.
-    talks = llm.tokenizer.chat_template is not None and not flags.raw
-    if not talks:
+    remote = flags.server is not None
+    talks = llm.talks if remote else llm.tokenizer.chat_template is not None
+    if flags.raw or not talks:
         if _talk(flags):
             raise UserError(
                 f"{flags.model} has no chat template, so {TALK} cannot act: leave them out"
             )
+        if remote:
+            return llm.complete(prompt, options)
         ids = llm.tokenizer.encode(prompt, bos=True, control=flags.control)
         return llm.stream(ids, **options)
-    think = True if flags.think else False if flags.no_think else None
-    messages = [*history, {"role": "user", "content": prompt}]
+    if remote:
+        return llm.ask(messages, {**options, "think": think})
     return llm.stream(messages, think=think, control=flags.control, **options)
 
 
-def _finish(stream: Stream, *, quiet: bool) -> Generation:
+def _finish(stream: Stream | RemoteStream, *, quiet: bool) -> Generation | Answer:
     """Print the pieces as they come, the thought to stderr; the whole answer."""
     thinking = False
     for piece in stream:
@@ -185,7 +211,7 @@ def _finish(stream: Stream, *, quiet: bool) -> Generation:
     return stream.result()
 
 
-def _history(llm: LLM, flags: Run) -> list[dict[str, Any]]:
+def _history(llm: LLM | Server, flags: Run) -> list[dict[str, Any]]:
     """The turns before: those of the session file, or the system message alone."""
     if flags.session is not None and flags.session.exists():
         saved = llm.load_session(flags.session).get("history", [])
@@ -199,19 +225,21 @@ def _history(llm: LLM, flags: Run) -> list[dict[str, Any]]:
     return [{"role": "system", "content": flags.system}] if flags.system is not None else []
 
 
-def _save(llm: LLM, flags: Run, history: list[dict[str, Any]]) -> None:
+def _save(llm: LLM | Server, flags: Run, history: list[dict[str, Any]]) -> None:
     if flags.session is not None:
         llm.save_session(flags.session, {"history": [] if flags.raw else history})
 
 
-def _turn(question: str, result: Generation) -> list[dict[str, Any]]:
+def _turn(question: str, result: Generation | Answer) -> list[dict[str, Any]]:
     return [
         {"role": "user", "content": question},
         {"role": "assistant", "content": result.text},
     ]
 
 
-def _chat(llm: LLM, flags: Run, options: dict[str, Any], history: list[dict[str, Any]]) -> None:
+def _chat(
+    llm: LLM | Server, flags: Run, options: dict[str, Any], history: list[dict[str, Any]]
+) -> None:
     """Turns until the user leaves; an interrupted answer stays in the history as far as it came."""
     print("Ctrl-C stops an answer, /clear forgets, Ctrl-D or /exit leaves.", file=sys.stderr)
     for line in _lines():
@@ -219,11 +247,10 @@ def _chat(llm: LLM, flags: Run, options: dict[str, Any], history: list[dict[str,
             history[:] = [one for one in history if one["role"] == "system"]
             continue
         try:
-            stream = _ask(llm, flags, options, history, line)
+            result = _answer(_ask(llm, flags, options, history, line))
         except UserError as error:
             print(f"endside: {error}", file=sys.stderr)
             continue
-        result = _answer(stream)
         history += _turn(line, result)
         if flags.stats:
             print(_stats(result), file=sys.stderr)
@@ -249,7 +276,7 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _answer(stream: Stream) -> Generation:
+def _answer(stream: Stream | RemoteStream) -> Generation | Answer:
     try:
         return _finish(stream, quiet=False)
     except KeyboardInterrupt:
@@ -258,7 +285,9 @@ def _answer(stream: Stream) -> Generation:
         return stream.result()
 
 
-def _stats(result: Generation) -> str:
+def _stats(result: Generation | Answer) -> str:
+    if hasattr(result, "stats"):
+        return result.stats()
     times, usage = result.timings, result.usage
     return (
         f"[{result.executor}, {result.attention.mode} attention, "

@@ -21,6 +21,9 @@ else:
     tyro = lazily("tyro")
 
 
+BACKLOG = 2048  # connections that may wait to be taken
+
+
 @dataclass(frozen=True)
 class Serve:
     """OpenAI-compatible server and web chat."""
@@ -70,6 +73,7 @@ def main(argv: list[str]) -> None:
     app = build(runner, model=name, keys=keys, cors=flags.cors_origin, largest_body=flags.max_body)
     host = f"[{flags.host}]" if ":" in flags.host else flags.host
     port = listening.getsockname()[1]
+    listening.listen(BACKLOG)  # before the address is told: whoever reads it may connect
     print(f"{name}: chat at http://{host}:{port}/, API at http://{host}:{port}/v1", file=sys.stderr)
     server.run(app, runner, listening)
 

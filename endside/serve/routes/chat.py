@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from endside.engine.request import Token
-from endside.serve.answers import Choice, events, whole
+from endside.serve.answers import Choice, call, events, whole
 from endside.serve.errors import ApiError
 from endside.serve.schema import ChatRequest, NamedTool
 from endside.serve.state import State, new_id
@@ -50,7 +50,7 @@ class ChatShape:
         if piece.text and not self.forced:
             delta["content"] = piece.text
         if piece.tool_calls:
-            delta["tool_calls"] = [self._add(choice, one) for one in piece.tool_calls]
+            delta["tool_calls"] = choice.calls[-len(piece.tool_calls) :]
         listed = self._listed(tokens)
         if not delta and listed is None:
             return None
@@ -60,19 +60,19 @@ class ChatShape:
         """A forced call, which is complete only now, and how it ended."""
         last = []
         if self.forced:
-            call = _forced_call(choice)
-            if call is not None:
-                choice.calls.append(call)
-                last.append(self._chunk(choice, {"tool_calls": [call]}))
+            made = _forced_call(choice)
+            if made is not None:
+                choice.calls.append(made)
+                last.append(self._chunk(choice, {"tool_calls": [made]}))
         return [*last, {**self._chunk(choice, {}), "finish_reason": choice.reason}]
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         """The message."""
         content: str | None = choice.text
         if self.forced:
-            call = _forced_call(choice)
-            choice.calls += [] if call is None else [call]
-            content = None if call is not None else content
+            made = _forced_call(choice)
+            choice.calls += [] if made is None else [made]
+            content = None if made is not None else content
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if choice.calls and not choice.text:
             message["content"] = None
@@ -93,11 +93,6 @@ class ChatShape:
     ) -> dict[str, Any]:
         return {"index": choice.index, "delta": delta, "finish_reason": None, "logprobs": listed}
 
-    def _add(self, choice: Choice, call: Any) -> dict[str, Any]:
-        made = _call(len(choice.calls), call.id, call.name, call.arguments)
-        choice.calls.append(made)
-        return made
-
     def _listed(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
@@ -114,11 +109,6 @@ def _spelled(data: bytes, value: float | None) -> dict[str, Any]:
     return {"token": data.decode("utf-8", "replace"), "logprob": number, "bytes": list(data)}
 
 
-def _call(index: int, id: str, name: str, arguments: str) -> dict[str, Any]:
-    function = {"name": name, "arguments": arguments}
-    return {"index": index, "id": id, "type": "function", "function": function}
-
-
 def _forced_call(choice: Choice) -> dict[str, Any] | None:
     """The call that the grammar made the model write; None where it was cut off."""
     try:
@@ -126,7 +116,7 @@ def _forced_call(choice: Choice) -> dict[str, Any] | None:
     except ValueError:
         return None
     arguments = json.dumps(found["arguments"], ensure_ascii=False)
-    return _call(len(choice.calls), new_id("call"), found["name"], arguments)
+    return call(len(choice.calls), new_id("call"), found["name"], arguments)
 
 
 def add_to(app: FastAPI, state: State) -> None:
