@@ -173,9 +173,9 @@ def test_stages_are_those_of_our_executors(file: Path, theirs: LlamaExecutor) ->
 
 
 def test_what_it_cannot_run_is_refused(file: Path, folder: Path) -> None:  # noqa: F811
-    with pytest.raises(UserError, match="holds no .gguf file"):
+    with pytest.raises(UserError, match=r"holds no \.gguf file"):
         _make(folder, "llamacpp")
-    with pytest.raises(UserError, match="llama.cpp has dense attention only"):
+    with pytest.raises(UserError, match=r"llama\.cpp has dense attention only"):
         _make(file, "llamacpp", attention="sparse")
     with pytest.raises(UserError, match="quant int4 needs the native executor"):
         _make(file, "llamacpp", quant="int4")

@@ -12,7 +12,6 @@ from endside.engine.engine import Engine
 from endside.engine.executor import Full
 from endside.engine.executors.torch import TorchExecutor
 from endside.engine.request import Request, SamplingConfig
-from endside.errors import UserError
 from endside.model.batch import Batch
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
