@@ -28,6 +28,7 @@ from endside.atomic import write_atomic
 from endside.data import corpus
 from endside.data.document import Document
 from endside.data.pack import Encoder, Packed, open_packed, pack
+from endside.data.source import DataConfig
 from endside.errors import UserError
 from endside.formats import hf
 from endside.model.presets import preset
@@ -180,7 +181,7 @@ def _plan(flags: Demo, tokenizer: Tokenizer) -> pretrain.PretrainConfig:
     steps = flags.steps or 1000
     cfg = pretrain.PretrainConfig(
         model=shape,
-        data=pretrain.DataConfig(shards=str(flags.out / "tokens")),
+        data=DataConfig(shards=str(flags.out / "tokens")),
         steps=steps, batch=BATCH, seq_len=SEQ_LEN, threads=flags.threads,
         schedule=_schedule(steps), optim=OptimConfig(learning_rate=0.01),
         checkpoint_seconds=flags.checkpoint_seconds,

@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 
 from endside.data.loader import Windows
+from endside.data.source import DataConfig, open_data
 from endside.errors import UserError
 from endside.formats import hf
 from endside.formats.convert import Layout, convert
@@ -40,7 +41,7 @@ from endside.model.batch import Batch
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
 from endside.train import pretrain
-from endside.train.pretrain import DataConfig, PretrainConfig
+from endside.train.pretrain import PretrainConfig
 from endside.train.run_folder import RunFolder
 from endside.train.schedule import ScheduleConfig
 
@@ -115,7 +116,7 @@ def trained(work: Path, steps: int, progress: Progress) -> tuple[Path, torch.Ten
         batch=8, seq_len=LENGTH, checkpoint_seconds=30.0,
         schedule=ScheduleConfig(warmup=max(1, steps // 20), decay=steps // 4, floor=0.05),
     )  # fmt: skip
-    packed = pretrain.open_data(cfg, progress)
+    packed = open_data(cfg.data, SHAPE.vocab_size, progress)
     with RunFolder(work / f"train-{steps}", progress=progress) as run:
         model = pretrain.main(cfg, run)
     windows = Windows(packed, "heldout", LENGTH - 1)

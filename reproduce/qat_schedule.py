@@ -32,11 +32,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from endside.config import dump
+from endside.data.source import DataConfig, open_data
 from endside.log import Progress, read_metrics
 from endside.model.config import ModelConfig
 from endside.train import pretrain, qat
 from endside.train.optim import OptimConfig
-from endside.train.pretrain import DataConfig, PretrainConfig
+from endside.train.pretrain import PretrainConfig
 from endside.train.qat import QatConfig
 from endside.train.run_folder import RunFolder
 from endside.train.schedule import ScheduleConfig
@@ -218,7 +219,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "qat_schedule.json")
     flags = parser.parse_args()
     begun, progress = time.monotonic(), Progress()
-    pretrain.open_data(config(flags.work, 1000), progress)
+    first = config(flags.work, 1000)
+    open_data(first.data, first.model.vocab_size, progress)
     steps = (flags.steps or steps_that_fit(flags.work, flags.minutes, flags.jobs)) // 5 * 5
     if steps < 40:
         raise SystemExit(f"{steps} steps are too few: give 40 or more")

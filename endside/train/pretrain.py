@@ -28,22 +28,13 @@ from torch import nn
 
 from endside import config as configuration
 from endside import dist
-from endside.data import corpus
 from endside.data.loader import Loader, LoaderConfig, Windows
-from endside.data.pack import (
-    PackConfig,
-    Packed,
-    byte_encoder,
-    open_packed,
-    pack,
-    tokenizer_encoder,
-)
+from endside.data.pack import Packed
+from endside.data.source import DataConfig, open_data
 from endside.errors import UserError
-from endside.log import Progress
 from endside.model.config import ModelConfig
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
-from endside.tokenizer import Tokenizer
 from endside.train import schedule as wsd
 from endside.train.loop import Evaluate, loop
 from endside.train.losses import LossConfig, next_token
@@ -52,16 +43,6 @@ from endside.train.run_folder import RunFolder, read_checkpoint
 from endside.train.schedule import ScheduleConfig
 
 Export = Callable[[Transformer, Path], None]
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which tokens. With `corpus`, missing shards are packed first."""
-
-    shards: str  # folder of `pack`
-    corpus: str = ""  # "python" (its library) or a folder of text; empty: the shards must exist
-    tokenizer: str = ""  # folder of the tokenizer; empty: bytes where `corpus` is packed, else any
-    pack: PackConfig = field(default_factory=PackConfig)
 
 
 @dataclass(frozen=True)
@@ -167,7 +148,7 @@ def main(
     result, to `<run>/model`, in whatever layout the caller wants.
     """
     cfg = resolve(cfg, run)
-    packed = open_data(cfg, run.progress)
+    packed = open_data(cfg.data, cfg.model.vocab_size, run.progress)
     run.fix(cfg, free=("run",))
     with deterministic(cfg):
         model = (make or make_model)(cfg)
@@ -203,32 +184,6 @@ def _branch(cfg: Config, run: RunFolder, before: Config | None) -> Config:
         )
     run.branch(origin)
     return dataclasses.replace(cfg, steps=origin.step + cfg.schedule.decay)
-
-
-def open_data(cfg: PretrainConfig, progress: Progress | None = None) -> Packed:
-    """The token shards, packed first where `data.corpus` says from what."""
-    folder = Path(cfg.data.shards)
-    encoder = None
-    if cfg.data.tokenizer:
-        encoder = tokenizer_encoder(Tokenizer.load(cfg.data.tokenizer))
-    if cfg.data.corpus and not folder.exists():
-        if progress is not None:
-            progress.note(f"packing {cfg.data.corpus} into {folder}")
-        python = cfg.data.corpus == "python"
-        documents = corpus.standard_library() if python else corpus.read(cfg.data.corpus)
-        pack(documents, folder, encoder or byte_encoder(), cfg.data.pack)
-    packed = open_packed(folder)
-    if encoder is not None and packed.index.tokenizer != encoder.fingerprint:
-        raise UserError(
-            f"the shards in {folder} were packed with another tokenizer than {cfg.data.tokenizer}: "
-            "give that one, or another folder for the shards"
-        )
-    if packed.index.vocab_size > cfg.model.vocab_size:
-        raise UserError(
-            f"the shards in {folder} use a vocabulary of {packed.index.vocab_size}, the model has "
-            f"{cfg.model.vocab_size}: raise model.vocab_size or pack with the model's tokenizer"
-        )
-    return packed
 
 
 def make_model(cfg: PretrainConfig) -> Transformer:
@@ -295,7 +250,7 @@ def measure_speed(
     """
     from endside.train.optim import make_optimizer
 
-    packed = open_data(cfg)
+    packed = open_data(cfg.data, cfg.model.vocab_size)
     with deterministic(cfg):
         model = (make or make_model)(cfg)
         batches, optimizer = Loader(packed, _loader(cfg)), make_optimizer(model, cfg.optim)

@@ -10,10 +10,11 @@ import pytest
 
 from endside.data.document import Document
 from endside.data.pack import PackConfig, byte_encoder, pack
+from endside.data.source import DataConfig
 from endside.log import Progress
 from endside.model.presets import preset
 from endside.train.optim import OptimConfig
-from endside.train.pretrain import DataConfig, PretrainConfig
+from endside.train.pretrain import PretrainConfig
 from endside.train.run_folder import RunFolder
 from endside.train.schedule import ScheduleConfig
 

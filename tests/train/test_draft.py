@@ -33,8 +33,8 @@ from endside.train.schedule import ScheduleConfig
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Transformer:
     """A model that has learnt how words are spelled, and so repeats itself."""
+    from endside.data.source import DataConfig
     from endside.model.presets import preset
-    from endside.train.pretrain import DataConfig
     from endside.train.run_folder import RunFolder
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}

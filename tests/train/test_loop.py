@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from endside.data.loader import Loader, LoaderConfig
+from endside.data.source import open_data
 from endside.errors import UserError
 from endside.log import read_metrics
 from endside.train import pretrain
@@ -112,9 +114,9 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils(cfg: PretrainConfig, op
         seen.append(loss)
         return replace(loss, loss=loss.loss * float("nan")) if len(seen) == 15 else loss
 
-    packed = pretrain.open_data(cfg)
+    packed = open_data(cfg.data, cfg.model.vocab_size)
     model = pretrain.make_model(cfg)
-    batches = pretrain.Loader(packed, pretrain.LoaderConfig(cfg.batch, cfg.seq_len, cfg.seed))
+    batches = Loader(packed, LoaderConfig(cfg.batch, cfg.seq_len, cfg.seed))
     with pytest.raises(UserError, match=r"loss is nan at step 8 of .*lower optim.learning_rate"):
         loop(model, batches, loss_fn, cfg, run)
     assert run.latest().step == 5

@@ -11,13 +11,14 @@ import torch
 from endside.config import dump
 from endside.data.document import Document
 from endside.data.pack import byte_encoder, pack
+from endside.data.source import DataConfig, open_data
 from endside.errors import UserError
 from endside.log import read_metrics
 from endside.model.presets import preset
 from endside.tokenizer import Tokenizer, train_bpe
 from endside.train import pretrain
 from endside.train.plot import loss_curves, series, smooth
-from endside.train.pretrain import DataConfig, PretrainConfig
+from endside.train.pretrain import PretrainConfig
 from endside.train.schedule import ScheduleConfig
 
 TINY = Path(__file__).resolve().parents[2] / "runs" / "tiny.toml"
@@ -249,7 +250,7 @@ def test_a_tokenizer_packs_the_corpus_and_must_be_the_one_of_the_shards(
         (tmp_path / name).mkdir()
         train_bpe([words], 300).save(tmp_path / name)
     data = DataConfig(str(tmp_path / "s"), corpus=str(text), tokenizer=str(tmp_path / "one"))
-    packed = pretrain.open_data(replace(cfg, data=data))
+    packed = open_data(data, cfg.model.vocab_size)
     tokenizer = Tokenizer.load(tmp_path / "one")
     ids = [int(token) for split in ("train", "heldout") for token in packed.tokens(split)[0]]
     assert ids[0] == tokenizer.bos_id
@@ -257,4 +258,4 @@ def test_a_tokenizer_packs_the_corpus_and_must_be_the_one_of_the_shards(
     assert tokenizer.decode(ids[1:-1]) == (text / "a.txt").read_text()
     other = replace(data, tokenizer=str(tmp_path / "other"))
     with pytest.raises(UserError, match="packed with another tokenizer than"):
-        pretrain.open_data(replace(cfg, data=other))
+        open_data(other, cfg.model.vocab_size)
