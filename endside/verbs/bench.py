@@ -53,7 +53,7 @@ class Bench:
     """Numbers in the cache; auto: f16."""
     attention: Literal["auto", "dense", "sparse"] = "auto"
     """auto: what the checkpoint says."""
-    isa: Literal["auto", "portable", "avx2", "avx512", "neon", "neon_i8mm"] = "auto"
+    isa: Literal["auto", "portable", "avx2", "avx512", "amx", "neon", "neon_i8mm"] = "auto"
     """Instruction set of the native core."""
     threads: int | None = None
     """CPU threads; default: one per core."""

@@ -22,5 +22,6 @@ TEST(isa_order) {
   const auto has = [&](Isa isa) { return std::count(isas.begin(), isas.end(), isa) != 0; };
   CHECK(std::is_sorted(isas.begin(), isas.end()));
   CHECK(has(Isa::avx2) || !has(Isa::avx512));
+  CHECK(has(Isa::avx512) || !has(Isa::amx));
   CHECK(has(Isa::neon) || !has(Isa::neon_i8mm));
 }

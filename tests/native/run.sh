@@ -50,7 +50,7 @@ what=$1; shift
 case $what in
   test)
     build test
-    for isa in avx2 avx512 neon neon_i8mm; do keep_apart "$isa"; done
+    for isa in avx2 avx512 amx neon neon_i8mm; do keep_apart "$isa"; done
     build/native-test/core_test "$@";;
   sanitize)
     build address -DCMAKE_CXX_FLAGS_RELEASE="$SANITIZE -fsanitize=address,undefined"

@@ -112,7 +112,7 @@ def test_unknown_isa_is_refused_with_the_choices(isa: str) -> None:
         native.rmsnorm(x, weight, EPS, isa=isa)
 
 
-@pytest.mark.parametrize("isa", [i for i in ("avx2", "avx512", "neon")
+@pytest.mark.parametrize("isa", [i for i in ("avx2", "avx512", "amx", "neon")
                                  if i not in native.available_isas()])  # fmt: skip
 def test_isa_this_machine_lacks_is_refused(isa: str) -> None:
     x, weight = rows(1, 8)

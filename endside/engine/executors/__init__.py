@@ -34,7 +34,7 @@ CHOICES = {
     "group": (32, 64, 128),
     "head": ("auto", "none", "int8", "int4"),
     "kv": ("auto", "f16", "bf16", "int8"),
-    "isa": ("auto", "portable", "avx2", "avx512", "neon", "neon_i8mm"),
+    "isa": ("auto", "portable", "avx2", "avx512", "amx", "neon", "neon_i8mm"),
 }
 NATIVE_ONLY = {"quant": "none", "group": 128, "head": "auto", "kv": "auto", "isa": "auto"}
 SMALL = 50_000_000  # parameters: below, even the portable kernels are quick
@@ -54,7 +54,8 @@ class Plan:
     group: Literal[32, 64, 128] = 128  # weights that share a scale
     head: Literal["auto", "none", "int8", "int4"] = "auto"  # auto: as quant; int8 if stored low
     kv: Literal["auto", "f16", "bf16", "int8"] = "auto"  # keys and values, native; auto: f16
-    isa: Literal["auto", "portable", "avx2", "avx512", "neon", "neon_i8mm"] = "auto"  # native
+    # instruction set, native; auto: the fastest
+    isa: Literal["auto", "portable", "avx2", "avx512", "amx", "neon", "neon_i8mm"] = "auto"
     context: int | None = None  # tokens, prompt and answer together; None: the model's, if it fits
     capacity: int | None = None  # tokens of all running requests together; None: one context
     threads: int | None = None  # CPU threads; None: native: one per core, torch: its choice

@@ -2,7 +2,11 @@
 
 #include <stdexcept>
 
-#if defined(ENDSIDE_NEON) && defined(__APPLE__)
+#if defined(ENDSIDE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(ENDSIDE_NEON) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #elif defined(ENDSIDE_NEON) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -18,11 +22,35 @@ const char* isa_name(Isa isa) {
     case Isa::neon_i8mm: return "neon_i8mm";
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::amx: return "amx";
   }
   throw std::logic_error("isa_name: not an instruction set");
 }
 
 #if defined(ENDSIDE_X86)
+
+#if defined(ENDSIDE_AMX)
+// Tiles are 8 KiB of state a thread, which Linux saves only for a process that asks (once, for all
+// its threads, before the first tile instruction). A kernel that does not know them refuses.
+static bool tiles_are_lent() {
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+
+static bool has_tiles() {
+  constexpr unsigned WANTED = 1u << 22 | 1u << 24 | 1u << 25;  // amx_bf16, amx_tile, amx_int8
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & WANTED) == WANTED &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+}
+
+static bool can_use_tiles() {
+  static const bool can = has_tiles() && tiles_are_lent();
+  return can;
+}
+#else
+static bool can_use_tiles() { return false; }
+#endif
 
 static void add_faster(std::vector<Isa>& isas) {
   // The compiler's run-time library asks cpuid, and whether the system saves the wide registers.
@@ -34,6 +62,7 @@ static void add_faster(std::vector<Isa>& isas) {
                       __builtin_cpu_supports("avx512vnni");
   if (avx2) isas.push_back(Isa::avx2);
   if (avx2 && avx512) isas.push_back(Isa::avx512);
+  if (avx2 && avx512 && can_use_tiles()) isas.push_back(Isa::amx);
 }
 
 #elif defined(ENDSIDE_NEON)

@@ -2,6 +2,9 @@
 //
 //   avx2       AVX2, FMA, F16C
 //   avx512     AVX-512 F, BW, VL, DQ and VNNI; a processor with some of them only runs avx2
+//   amx        avx512 with matrix tiles (int8 and bf16), VBMI and bf16 products, where the compiler
+//              knows them and the system lends the tiles; kernels that gain nothing from them run
+//              as avx512
 //   neon       64-bit ARM with int8 dot products (ARMv8.2 and later); older ones run portable
 //   neon_i8mm  neon with int8 matrix products; kernels that gain nothing from them run as neon
 #pragma once
@@ -11,7 +14,7 @@
 
 namespace endside {
 
-enum class Isa { portable, neon, neon_i8mm, avx2, avx512 };
+enum class Isa { portable, neon, neon_i8mm, avx2, avx512, amx };
 
 // Names as Python and error messages spell them.
 const char* isa_name(Isa isa);

@@ -55,6 +55,7 @@ void prepare(const Input& input, const float* x, int64_t width, const float* nor
       return prepare_portable(input, x, width, norm_weight, eps, row_begin, row_end);
 #if defined(ENDSIDE_X86)
     case Isa::avx2: return prepare_avx2(input, x, width, norm_weight, eps, row_begin, row_end);
+    case Isa::amx:  // gains nothing
     case Isa::avx512: return prepare_avx512(input, x, width, norm_weight, eps, row_begin, row_end);
 #elif defined(ENDSIDE_NEON)
     case Isa::neon: return prepare_neon(input, x, width, norm_weight, eps, row_begin, row_end);
@@ -71,6 +72,7 @@ void apply(const Linear& linear, const Input& input, int64_t n_begin, int64_t n_
     case Isa::portable: return apply_portable(linear, input, n_begin, n_end, epilogue, scratch);
 #if defined(ENDSIDE_X86)
     case Isa::avx2: return apply_avx2(linear, input, n_begin, n_end, epilogue, scratch);
+    case Isa::amx:
     case Isa::avx512: return apply_avx512(linear, input, n_begin, n_end, epilogue, scratch);
 #elif defined(ENDSIDE_NEON)
     case Isa::neon: return apply_neon(linear, input, n_begin, n_end, epilogue, scratch);

@@ -10,7 +10,8 @@ void rmsnorm(const float* x, const float* weight, float eps, float* out, std::si
     case Isa::portable: return rmsnorm_portable(x, weight, eps, out, rows, width);
 #if defined(ENDSIDE_X86)
     case Isa::avx2: return rmsnorm_avx2(x, weight, eps, out, rows, width);
-    case Isa::avx512: return rmsnorm_avx512(x, weight, eps, out, rows, width);
+    case Isa::avx512:
+    case Isa::amx: return rmsnorm_avx512(x, weight, eps, out, rows, width);
 #elif defined(ENDSIDE_NEON)
     case Isa::neon:
     case Isa::neon_i8mm: return rmsnorm_neon(x, weight, eps, out, rows, width);
