@@ -1,9 +1,9 @@
-"""What a long job tells: one JSON object per line in metrics.jsonl, and one live line for a person.
+"""What a long job tells: one JSON object per line in metrics.jsonl, and a live view for a person.
 
 The file is the record: a line is flushed as it is written, so a killed process loses at most the
 line in the making, and a resumed run cuts off what its checkpoint does not know (`keep_until`). The
-live line goes to stderr, so that stdout stays clean for pipes: rewritten in place on a terminal,
-and printed every few seconds elsewhere.
+live view goes to stderr, so that stdout stays clean for pipes: a line or a small board rewritten in
+place on a terminal, and a line printed every few seconds elsewhere.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from endside.errors import UserError
 
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
+
 QUIET_SECONDS = 5.0  # between two progress lines where there is no terminal
+BOARD_SECONDS = 0.1  # between two drawings of a board: faster is unreadable and costs time
+BARS = "▁▂▃▄▅▆▇█"
 
 
 class Metrics:
@@ -69,7 +75,7 @@ def _whole_lines(path: Path) -> Iterator[str]:
 
 
 class Progress:
-    """One live line on a terminal; plain lines, a few seconds apart, anywhere else."""
+    """A live line or board on a terminal; plain lines, a few seconds apart, anywhere else."""
 
     def __init__(
         self, stream: TextIO | None = None, *, quiet_seconds: float = QUIET_SECONDS
@@ -79,6 +85,7 @@ class Progress:
         self._quiet_seconds = quiet_seconds
         self._last = float("-inf")
         self._shown = False
+        self._view: Live | None = None
 
     def update(self, text: str) -> None:
         """Replace the live line; without a terminal, print it if the last one is old enough."""
@@ -92,20 +99,68 @@ class Progress:
             self._last = now
         self._stream.flush()
 
+    def board(
+        self, line: str, cells: Mapping[str, str], *, share: float, trend: Sequence[float] = ()
+    ) -> None:
+        """Show named values, how much is done and a curve; without a terminal, `line` instead."""
+        if not self._live:
+            self.update(line)
+            return
+        now = time.monotonic()
+        if self._view is not None and now - self._last < BOARD_SECONDS and share < 1:
+            return
+        self._last = now
+        if self._view is None:
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(file=self._stream, force_terminal=True)
+            self._view = Live(console=console, auto_refresh=False)
+            self._view.start()
+        self._view.update(_drawn(cells, share, trend), refresh=True)
+
     def note(self, text: str) -> None:
         """Print a line that stays, above the live one."""
+        if self._view is not None:
+            self._view.console.print(text, markup=False, highlight=False)
+            return
         self._stream.write(f"\r{text}\x1b[K\n" if self._live else text + "\n")
         self._stream.flush()
         self._shown = False
 
     def close(self, text: str = "") -> None:
-        """End the live line, leaving `text` (or what was last shown)."""
+        """End the live view, leaving `text` (or what was last shown)."""
+        if self._view is not None:
+            self._view.stop()
+            self._view = None
         if text:
             self.note(text)
         elif self._shown:
             self._stream.write("\n")
             self._stream.flush()
         self._shown = False
+
+
+def _drawn(cells: Mapping[str, str], share: float, trend: Sequence[float]) -> Table:
+    """A bar of what is done above a table of names and values."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    shown = {name: value for name, value in cells.items() if value}
+    table.add_row(*(f"[dim]{name}[/dim]" for name in shown), "[dim]loss of late[/dim]")
+    table.add_row(*(f"[bold]{value}[/bold]" for value in shown.values()), curve(trend))
+    whole = Table.grid(expand=True)
+    whole.add_row(ProgressBar(total=1.0, completed=share))
+    whole.add_row(table)
+    return whole
+
+
+def curve(values: Sequence[float]) -> str:
+    """Values as one character each, from the lowest bar to the highest."""
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    step = (high - low) / (len(BARS) - 1) or 1.0
+    return "".join(BARS[round((value - low) / step)] for value in values)
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from endside.errors import UserError
-from endside.log import Metrics, Progress, duration, keep_until, read_metrics
+from endside.log import Metrics, Progress, curve, duration, keep_until, read_metrics
 
 
 def test_metrics_are_in_the_file_at_once_and_appended_after_a_restart(tmp_path: Path) -> None:
@@ -75,6 +75,35 @@ def test_a_pipe_gets_plain_lines_some_seconds_apart() -> None:
     progress.note("saved")
     progress.close("done")
     assert stream.getvalue() == "step 0\nsaved\ndone\n"
+
+
+CELLS = {"step": "3/9", "loss": "2.5000", "held out": "", "MFU": "41%"}
+
+
+def test_a_terminal_gets_a_board_that_notes_do_not_tear() -> None:
+    stream = Terminal()
+    progress = Progress(stream)
+    progress.board("a line", CELLS, share=3 / 9, trend=[3.0, 2.75, 2.5])
+    progress.note("saved [bold]")
+    progress.board("a line", {**CELLS, "loss": "1.0000"}, share=1.0)
+    progress.close()
+    text = stream.getvalue()
+    for part in ("3/9", "2.5000", "1.0000", "MFU", "41%", "█▅▁", "saved [bold]"):
+        assert part in text
+    assert "a line" not in text
+    assert "held out" not in text
+
+
+def test_a_pipe_gets_the_line_of_a_board() -> None:
+    stream = io.StringIO()
+    Progress(stream).board("step 3/9  loss 2.5", CELLS, share=3 / 9)
+    assert stream.getvalue() == "step 3/9  loss 2.5\n"
+
+
+def test_a_curve_spans_all_bars() -> None:
+    assert curve([]) == ""
+    assert curve([4.0, 4.0]) == "▁▁"
+    assert curve([0.0, 3.5, 7.0]) in ("▁▅█", "▁▄█")
 
 
 @pytest.mark.parametrize(

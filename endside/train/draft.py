@@ -79,6 +79,7 @@ class DraftConfig:
     eval_rows: int = 64
     checkpoint_every: int = 0
     checkpoint_seconds: float = 60.0
+    tensorboard: bool = False
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=0.005))
 
@@ -101,7 +102,7 @@ class DraftConfig:
 def train(cfg: DraftConfig, model: Transformer, packed: Packed, run: RunFolder) -> Path:
     """Train from the run's newest checkpoint to `cfg.steps` -> folder of the head."""
     _fits(cfg, model.config, packed)
-    run.fix(cfg, free=("run",))
+    run.fix(cfg, free=("run", "tensorboard"))
     torch.manual_seed(cfg.seed)
     model.eval().requires_grad_(False).to(cfg.device)
     ids = _ids(cfg, model.config.vocab_size)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from torch import nn
 
 from endside.data.loader import TokenBatch
 from endside.errors import UserError
-from endside.log import duration
 from endside.train.losses import LossFn
 from endside.train.optim import (
     OptimConfig,
@@ -38,6 +36,7 @@ from endside.train.optim import (
 )
 from endside.train.run_folder import RunFolder, Saved
 from endside.train.schedule import ScheduleConfig, phase, share
+from endside.train.watch import Watch
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
@@ -59,6 +58,7 @@ class LoopConfig(Protocol):
     eval_every: int  # steps; 0: only at the end
     checkpoint_every: int  # steps; 0: by time only
     checkpoint_seconds: float  # 0: by steps only
+    tensorboard: bool  # whether records go there too
     precision: Literal["float32", "bfloat16"]  # of the products; weights and moments stay float32
     schedule: ScheduleConfig
     optim: OptimConfig
@@ -71,6 +71,7 @@ class _Step:
     loss: float
     gradient_norm: float
     targets: int
+    shape: list[int]  # rows of all its batches, positions of a row
     parts: dict[str, float]
 
 
@@ -91,7 +92,7 @@ def loop(
     optimizer = make_optimizer(model, cfg.optim)
     start, tokens = _resume(model, optimizer, batches, run)
     run.begin(start)
-    clock = _Clock(cfg, run, start)
+    clock = Watch(cfg, run, start, model)
     model.train()
     for step in range(start + 1, cfg.steps + 1):
         rate = share(step, cfg.steps, cfg.schedule)
@@ -104,7 +105,7 @@ def loop(
             "loss": done.loss, "learning_rate": cfg.optim.learning_rate * rate,
             "gradient_norm": done.gradient_norm, "tokens": tokens, **done.parts,
         }  # fmt: skip
-        clock.tick(step, record, done.targets)
+        clock.tick(step, record, targets=done.targets, shape=done.shape)
         last = step == cfg.steps
         if evaluate and (last or (cfg.eval_every and step % cfg.eval_every == 0)):
             clock.evaluated(step, evaluate(model))
@@ -162,7 +163,8 @@ def _optimise(
     losses = []
     for _ in range(cfg.accumulate):
         with _products(cfg, device):
-            loss = loss_fn(model, next(batches).to(device))
+            batch = next(batches).to(device)
+            loss = loss_fn(model, batch)
         loss.total.backward()
         losses.append(loss)
     targets = torch.stack([loss.targets for loss in losses]).sum().clamp(min=1)
@@ -176,7 +178,8 @@ def _optimise(
         name: sum(w * loss.parts[name] for w, loss in zip(weights, losses, strict=True)).item()
         for name in losses[0].parts
     }
-    return _Step(mean.item(), norm.item(), int(targets), parts)
+    rows, length = batch.tokens.shape
+    return _Step(mean.item(), norm.item(), int(targets), [cfg.accumulate * rows, length - 1], parts)
 
 
 def _products(cfg: LoopConfig, device: torch.device) -> Any:
@@ -230,46 +233,3 @@ def _restore_random(saved: Saved) -> None:
         torch.cuda.set_rng_state(states["cuda"])
     version, gauss = saved.state["python_random"]
     random.setstate((version, tuple(states["python"].tolist()), gauss))
-
-
-class _Clock:
-    """Records, the live line, and when the next checkpoint is due."""
-
-    def __init__(self, cfg: LoopConfig, run: RunFolder, start: int) -> None:
-        self._cfg, self._run, self._start = cfg, run, start
-        self._begun = self._saved_at = self._ticked = time.monotonic()
-        self._heldout = ""
-
-    def tick(self, step: int, record: dict[str, float], targets: int) -> None:
-        """Record a step that has just ended."""
-        now = time.monotonic()
-        seconds, self._ticked = now - self._ticked, now
-        speed = targets / max(seconds, 1e-9)
-        self._run.metrics.append(step, {**record, "tokens_per_s": round(speed, 1)})
-        left = (now - self._begun) / (step - self._start) * (self._cfg.steps - step)
-        self._run.progress.update(
-            f"step {step}/{self._cfg.steps}  loss {record['loss']:.4f}{self._heldout}  "
-            f"lr {record['learning_rate']:.2e}  norm {record['gradient_norm']:.2f}  "
-            f"{speed:,.0f} tok/s  {duration(left)} left"
-        )
-
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """Record an evaluation, which does not count as training time."""
-        self._run.metrics.append(step, values)
-        if "heldout_loss" in values:
-            self._heldout = f" (held out {values['heldout_loss']:.4f})"
-        self._ticked = time.monotonic()
-
-    def checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint is due by steps or by seconds."""
-        every, seconds = self._cfg.checkpoint_every, self._cfg.checkpoint_seconds
-        by_time = seconds and time.monotonic() - self._saved_at >= seconds
-        return bool(by_time or (every and step % every == 0))
-
-    def saved(self) -> None:
-        """A checkpoint was written just now."""
-        self._saved_at = self._ticked = time.monotonic()
-
-    def close(self) -> None:
-        """End the live line."""
-        self._run.progress.close()

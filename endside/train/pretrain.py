@@ -65,6 +65,7 @@ class PretrainConfig:
     eval_rows: int = 64  # windows of the held-out split that are looked at
     checkpoint_every: int = 0  # steps; 0: by time only
     checkpoint_seconds: float = 60.0  # 0: by steps only
+    tensorboard: bool = False  # also write the records for TensorBoard, into the run folder
     decay_from: str = ""  # checkpoint of a stable run to anneal
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -149,7 +150,7 @@ def main(
     """
     cfg = resolve(cfg, run)
     packed = open_data(cfg.data, cfg.model.vocab_size, run.progress)
-    run.fix(cfg, free=("run",))
+    run.fix(cfg, free=("run", "tensorboard"))
     with deterministic(cfg):
         model = (make or make_model)(cfg)
         batches = Loader(packed, _loader(cfg))

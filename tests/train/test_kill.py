@@ -90,7 +90,8 @@ def half_written(run: Path) -> bool:
 def losses(run: Path) -> list[dict]:
     """Every record but for how fast the step was."""
     records = read_metrics(run / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k != "tokens_per_s"} for record in records]
+    clock = ("tokens_per_s", "mfu")
+    return [{k: v for k, v in record.items() if k not in clock} for record in records]
 
 
 def weights(run: Path) -> dict[str, str]:
