@@ -12,6 +12,7 @@ import os
 import sys
 from importlib import import_module
 
+from endside.dist import first_to_fail
 from endside.errors import UserError
 
 VERBS = {
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         code = _dispatch(arguments)
         sys.stdout.flush()
     except UserError as error:
-        print(f"endside: {error}", file=sys.stderr)
+        if first_to_fail():
+            print(f"endside: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("endside: interrupted", file=sys.stderr)

@@ -1,13 +1,16 @@
 """Who we are among the processes of a run; one process is the normal case, and no work.
 
 PyTorch's launcher (torchrun) tells each process its place through three environment variables; this
-is the one file that reads the environment. Everything else is handed a `World`.
+is the one file that reads the environment. Everything else is handed a `World`. What the processes
+do together lies in `train.parallel`.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 from endside.errors import UserError
 
@@ -45,3 +48,43 @@ def _number(name: str, default: int) -> int:
         raise UserError(
             f"environment variable {name} is {text!r}: unset it, or start through torchrun"
         ) from None
+
+
+def join(device: str, seconds: float) -> None:
+    """Meet the other processes: gloo on CPUs, NCCL on GPUs. `seconds` to wait for one of them."""
+    import torch
+    from torch import distributed
+
+    backend = "nccl" if device == "cuda" else "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(world().local_rank)
+    distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def first_to_fail() -> bool:
+    """Whether this process is the first of its run to fail, and so the one that says why.
+
+    The launcher's store counts; where it does not answer any more, every process speaks.
+    """
+    if _number("WORLD_SIZE", 1) == 1:
+        return True
+    from torch import distributed
+
+    key = f"endside/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    with suppress(distributed.DistError, OSError, KeyError):
+        store = distributed.TCPStore(
+            os.environ["MASTER_ADDR"],
+            _number("MASTER_PORT", 0),
+            is_master=False,
+            timeout=timedelta(seconds=5),
+        )
+        return store.add(key, 1) == 1
+    return True

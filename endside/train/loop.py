@@ -19,6 +19,7 @@ import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -34,6 +35,7 @@ from endside.train.optim import (
     set_share,
     state_tensors,
 )
+from endside.train.parallel import ALONE, Team, local, placed
 from endside.train.run_folder import RunFolder, Saved
 from endside.train.schedule import ScheduleConfig, phase, share
 from endside.train.watch import Watch
@@ -83,21 +85,25 @@ def loop(
     run: RunFolder,
     *,
     evaluate: Evaluate | None = None,
+    team: Team = ALONE,
 ) -> None:
     """Train `model` up to `cfg.steps`, from the run's newest checkpoint where it has one.
+
+    team: the processes that share the work; `model` is spread over it, `batches` gives this
+    process's rows.
 
     evaluate(model) -> numbers to log, every `cfg.eval_every` steps and after the last one. Raises
     UserError when the loss stops being a number; the last checkpoint is then still good.
     """
     optimizer = make_optimizer(model, cfg.optim)
-    start, tokens = _resume(model, optimizer, batches, run)
+    start, tokens = _resume(model, optimizer, batches, run, team)
     run.begin(start)
     clock = Watch(cfg, run, start, model)
     model.train()
     for step in range(start + 1, cfg.steps + 1):
         rate = share(step, cfg.steps, cfg.schedule)
         set_share(optimizer, rate)
-        done = _optimise(model, optimizer, batches, loss_fn, cfg)
+        done = _optimise(model, optimizer, batches, loss_fn, cfg=cfg, team=team)
         _check_finite(done, step, run)
         optimizer.step()
         tokens += done.targets
@@ -109,17 +115,24 @@ def loop(
         last = step == cfg.steps
         if evaluate and (last or (cfg.eval_every and step % cfg.eval_every == 0)):
             clock.evaluated(step, evaluate(model))
-        if last or clock.checkpoint_due(step):
-            _save(model, optimizer, batches, run, step=step, cfg=cfg, tokens=tokens)
+            team.settle(model)
+        # The main process's clock decides for all.
+        if last or team.agree(partial(clock.checkpoint_due, step)):
+            state = {"tokens": tokens, "phase": phase(step, cfg.steps, cfg.schedule)}
+            _save(model, optimizer, batches, run, step=step, state=state, team=team)
             clock.saved()
     clock.close()
 
 
 def _resume(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, run: RunFolder
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    run: RunFolder,
+    team: Team,
 ) -> tuple[int, int]:
     """Put the newest checkpoint into everything; its step and tokens, or zeros without one."""
-    saved = run.latest()
+    saved = team.agree(run.latest)
     if saved is None:
         return 0, 0
     load_model(model, saved)
@@ -147,7 +160,9 @@ def load_model(model: nn.Module, saved: Saved) -> None:
                 f"{saved.folder} is of another model: {name} is {shapes[0]} there and {shapes[1]} "
                 "here; use the model configuration it was trained with"
             )
-    model.load_state_dict(tensors)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(placed(tensors[name], tensor))
 
 
 def _optimise(
@@ -155,7 +170,9 @@ def _optimise(
     optimizer: torch.optim.Optimizer,
     batches: Batches,
     loss_fn: LossFn,
+    *,
     cfg: LoopConfig,
+    team: Team,
 ) -> _Step:
     """Leave the clipped mean gradient of `cfg.accumulate` batches in the parameters."""
     device = next(model.parameters()).device
@@ -167,19 +184,20 @@ def _optimise(
             loss = loss_fn(model, batch)
         loss.total.backward()
         losses.append(loss)
-    targets = torch.stack([loss.targets for loss in losses]).sum().clamp(min=1)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients) / targets
+    targets = team.sum(torch.stack([loss.targets for loss in losses]).sum()).clamp(min=1)
+    gradients = team.sum_gradients(model)
+    norm = team.norm(gradients) / targets
     clip = (cfg.optim.clip / norm).clamp(max=1.0) if cfg.optim.clip else torch.ones_like(norm)
-    torch._foreach_mul_(gradients, clip / targets)
+    torch._foreach_mul_([local(gradient) for gradient in gradients], clip / targets)
     weights = [loss.targets / targets for loss in losses]
-    mean = sum(w * loss.loss for w, loss in zip(weights, losses, strict=True))
-    parts = {
-        name: sum(w * loss.parts[name] for w, loss in zip(weights, losses, strict=True)).item()
-        for name in losses[0].parts
-    }
+    values = [{"loss": loss.loss, **loss.parts} for loss in losses]
+    sums = [
+        sum(w * value[name] for w, value in zip(weights, values, strict=True)) for name in values[0]
+    ]
+    means = dict(zip(values[0], team.sum(torch.stack(sums)).tolist(), strict=True))
     rows, length = batch.tokens.shape
-    return _Step(mean.item(), norm.item(), int(targets), [cfg.accumulate * rows, length - 1], parts)
+    shape = [cfg.accumulate * rows * team.data.size, length - 1]
+    return _Step(means.pop("loss"), norm.item(), int(targets), shape, means)
 
 
 def _products(cfg: LoopConfig, device: torch.device) -> Any:
@@ -206,20 +224,18 @@ def _save(
     run: RunFolder,
     *,
     step: int,
-    cfg: LoopConfig,
-    tokens: int,
+    state: dict[str, Any],
+    team: Team,
 ) -> None:
     version, words, gauss = random.getstate()
     parts = {
-        "model": model.state_dict(),
-        "optimizer": state_tensors(optimizer),
+        "model": team.gather(model.state_dict()),
+        "optimizer": team.gather(state_tensors(optimizer)),
         "rng": {"torch": torch.get_rng_state(), "python": torch.tensor(words), **_cuda_random()},
     }
-    state = {
-        "tokens": tokens, "data": batches.state(), "phase": phase(step, cfg.steps, cfg.schedule),
-        "python_random": [version, gauss],
-    }  # fmt: skip
-    run.save(step, parts, state)
+    if team.main:
+        state = {**state, "data": batches.state(), "python_random": [version, gauss]}
+        run.save(step, parts, state)
 
 
 def _cuda_random() -> dict[str, torch.Tensor]:

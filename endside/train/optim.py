@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from endside.errors import UserError
+from endside.train.parallel import local, placed, spread_over
 
 Group = Literal["hidden", "head", "plain"]
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -70,9 +71,11 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
         ]
         peak = optim.learning_rate / m if name == "hidden" else optim.learning_rate
         decay = 0.0 if name == "plain" else optim.weight_decay
-        if members:
+        # One fused step takes tensors of one mesh: those that are split otherwise stand apart.
+        for mesh in dict.fromkeys(spread_over(p) for _, p in members):
+            same = [(n, p) for n, p in members if spread_over(p) == mesh]
             groups.append(
-                {"params": members, "name": name, "lr": peak, "peak": peak, "weight_decay": decay}
+                {"params": same, "name": name, "lr": peak, "peak": peak, "weight_decay": decay}
             )
     return torch.optim.AdamW(
         groups, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, weight_decay=0.0, fused=True
@@ -105,15 +108,15 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torc
             f"optimizer state does not fit this model ({odd}): resume with the model that wrote it"
         )
     for name, parameter in named.items() if tensors else ():
-        # Fresh memory: a view of the mapped file is not aligned, and sums could round otherwise.
-        state = {moment: tensors[f"{name}.{moment}"].clone() for moment in _MOMENTS}
+        state = {moment: tensors[f"{name}.{moment}"] for moment in _MOMENTS}
         if state["exp_avg"].shape != parameter.shape:
             raise UserError(
                 f"optimizer state of {name} has shape {tuple(state['exp_avg'].shape)}, the "
                 f"parameter {tuple(parameter.shape)}: resume with the model that wrote it"
             )
         optimizer.state[parameter] = {
-            moment: tensor.to(parameter.device) for moment, tensor in state.items()
+            moment: placed(tensor, parameter if tensor.dim() else local(parameter))
+            for moment, tensor in state.items()
         }
 
 

@@ -27,7 +27,6 @@ import torch
 from torch import nn
 
 from endside import config as configuration
-from endside import dist
 from endside.data.loader import Loader, LoaderConfig, Windows
 from endside.data.pack import Packed
 from endside.data.source import DataConfig, open_data
@@ -35,10 +34,12 @@ from endside.errors import UserError
 from endside.model.config import ModelConfig
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
+from endside.train import parallel
 from endside.train import schedule as wsd
 from endside.train.loop import Evaluate, loop
 from endside.train.losses import LossConfig, next_token
 from endside.train.optim import OptimConfig
+from endside.train.parallel import ALONE, ParallelConfig, Team
 from endside.train.run_folder import RunFolder, read_checkpoint
 from endside.train.schedule import ScheduleConfig
 
@@ -53,7 +54,7 @@ class PretrainConfig:
     data: DataConfig
     steps: int  # optimiser steps of the whole run
     run: str = ""  # run folder; empty: the configuration's path without its suffix
-    batch: int = 8  # rows
+    batch: int = 8  # rows, of all processes together
     accumulate: int = 1  # batches per step
     seq_len: int = 256  # tokens a row predicts
     seed: int = 0  # of the weights and of the reading order
@@ -70,6 +71,7 @@ class PretrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "seq_len", "eval_rows"):
@@ -97,6 +99,7 @@ class PretrainConfig:
 
 
 Config = TypeVar("Config", bound=PretrainConfig)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def from_file(
@@ -148,23 +151,37 @@ def main(
     make(cfg) gives the model before its first step (`make_model`). export(model, folder) writes the
     result, to `<run>/model`, in whatever layout the caller wants.
     """
-    cfg = resolve(cfg, run)
-    packed = open_data(cfg.data, cfg.model.vocab_size, run.progress)
-    run.fix(cfg, free=("run", "tensorboard"))
-    with deterministic(cfg):
-        model = (make or make_model)(cfg)
-        batches = Loader(packed, _loader(cfg))
-        loop(model, batches, next_token(cfg.loss), cfg, run, evaluate=heldout(packed, cfg))
+    make = make or make_model
+    with parallel.team(cfg.parallel, cfg.device) as team:
+        cfg = team.agree(lambda: resolve(cfg, run))
+        packed = team.first(lambda: open_data(cfg.data, cfg.model.vocab_size, run.progress))
+        team.agree(lambda: run.fix(cfg, free=("run", "tensorboard", "parallel")))
+        with deterministic(cfg):
+            model = team.spread(make(cfg), cfg.precision)
+            batches = Loader(packed, _loader(cfg, team), team.data)
+            measure = heldout(packed, cfg, team)
+            loop(model, batches, next_token(cfg.loss), cfg, run, evaluate=measure, team=team)
+        model = whole_model(model, lambda: make(cfg), team)
     model.eval()
-    if export is not None:
+    if export is not None and run.main:
         export(model, run.path / "model")
     return model
 
 
+def whole_model(model: Model, make: Callable[[], Model], team: Team) -> Model:
+    """The trained model as one process uses it, in the main process; elsewhere as it is."""
+    if team.alone:
+        return model
+    tensors = team.gather(model.state_dict())
+    if not team.main:
+        return model
+    plain = make()
+    plain.load_state_dict(tensors)
+    return plain
+
+
 def resolve(cfg: Config, run: RunFolder) -> Config:
     """`cfg` with what only the start of a run decides: threads, and the steps of a branch."""
-    if dist.world().size > 1:
-        raise UserError("pretrain uses one process in this version: start it without torchrun")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError('device is "cuda" but PyTorch finds no CUDA device: use device = "cpu"')
     before = run.stored(type(cfg))
@@ -199,26 +216,33 @@ def shape(cfg: PretrainConfig) -> ModelConfig:
     return cfg.model if cfg.attention == "sparse" else dataclasses.replace(cfg.model, sparse=None)
 
 
-def _loader(cfg: PretrainConfig) -> LoaderConfig:
-    return LoaderConfig(cfg.batch, cfg.seq_len, cfg.seed)
+def _loader(cfg: PretrainConfig, team: Team = ALONE) -> LoaderConfig:
+    return LoaderConfig(team.rows(cfg.batch), cfg.seq_len, cfg.seed)
 
 
-def heldout(packed: Packed, cfg: PretrainConfig) -> Evaluate:
+def heldout(packed: Packed, cfg: PretrainConfig, team: Team = ALONE) -> Evaluate:
     """evaluate(model) -> {"heldout_loss"}: nats per token over windows spread over unseen text."""
     windows = Windows(packed, "heldout", cfg.seq_len)
     looked_at = min(cfg.eval_rows, len(windows))
     rows = [number * len(windows) // looked_at for number in range(looked_at)]
     groups = [rows[start : start + cfg.batch] for start in range(0, len(rows), cfg.batch)]
+    each, rank = team.rows(cfg.batch), team.data.rank
+    shares = [group[rank * each : (rank + 1) * each] for group in groups]
     loss_fn = next_token(dataclasses.replace(cfg.loss, mtp_weight=0.0))
 
     @torch.no_grad()
     def evaluate(model: nn.Module) -> dict[str, float]:
         model.eval()
         device = next(model.parameters()).device
-        losses = [loss_fn(model, windows.stack(group).to(device)) for group in groups]
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for share in shares:
+            # A process without a row still takes part: the others may need its shard of weights.
+            loss = loss_fn(model, windows.stack(share or rows[:1]).to(device))
+            if share:
+                sums += torch.stack((loss.total.double(), loss.targets.double()))
         model.train()
-        total = sum(loss.total.item() for loss in losses)
-        return {"heldout_loss": total / sum(int(loss.targets) for loss in losses)}
+        total, targets = team.sum(sums).tolist()
+        return {"heldout_loss": total / targets}
 
     return evaluate
 

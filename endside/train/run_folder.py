@@ -16,7 +16,9 @@ happened. No file is a pickle.
 from __future__ import annotations
 
 import fcntl
+import io
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -32,6 +34,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from endside import config as configuration
+from endside import dist
 from endside.atomic import atomic_folder, discard, sweep, write_atomic
 from endside.checkpoint import read_json
 from endside.errors import UserError
@@ -78,17 +81,24 @@ def read_checkpoint(folder: Path) -> Saved:
 
 
 class RunFolder:
-    """Opened by one process at a time; `close` it, or use it in a `with`."""
+    """Opened by one run at a time; `close` it, or use it in a `with`.
+
+    Of the processes of a run the main one writes; in the others, what would write does nothing.
+    """
 
     def __init__(
         self, path: str | Path, *, keep: int = 2, progress: Progress | None = None
     ) -> None:
         self.path = Path(path)
         self.keep = keep  # checkpoints; older ones are removed
-        self.progress = progress or Progress()
+        self.main = dist.world().main
+        self.progress = progress or Progress(None if self.main else io.StringIO())
         self.metrics: Metrics | None = None
         self._branch: Saved | None = None
         self._checkpoints = self.path / "checkpoints"
+        self._lock: Any = None
+        if not self.main:
+            return
         _check_writable(self.path)
         self._lock = _lock(self.path / "lock")
         self._checkpoints.mkdir(exist_ok=True)
@@ -106,7 +116,8 @@ class RunFolder:
         if self.metrics is not None:
             self.metrics.close()
         self.metrics = None
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def stored(self, kind: type[T]) -> T | None:
         """The configuration this run was started with; None before its start."""
@@ -116,8 +127,11 @@ class RunFolder:
     def fix(self, config: Any, *, free: tuple[str, ...] = ()) -> None:
         """Store `config` at the start; later, raise UserError naming the key that differs.
 
-        free: keys that may change between a start and a resume, such as where the run lies.
+        free: keys, or tables of them, that may change between a start and a resume, such as where
+        the run lies.
         """
+        if not self.main:
+            return
         path = self.path / "config.toml"
         before = self.stored(type(config))
         if before is None:
@@ -128,7 +142,7 @@ class RunFolder:
             return
         old, new = configuration.flatten(before), configuration.flatten(config)
         for key in [*new, *(key for key in old if key not in new)]:
-            if key not in free and old.get(key) != new.get(key):
+            if not {key, key.partition(".")[0]} & set(free) and old.get(key) != new.get(key):
                 raise UserError(
                     f"{key} is {new.get(key)} but the run in {self.path} was started with "
                     f"{old.get(key)}: use that value to resume, or another run folder"
@@ -175,6 +189,9 @@ class RunFolder:
 
     def begin(self, step: int) -> None:
         """Open the metrics after step `step`: later records are dropped."""
+        if not self.main:
+            self.metrics = Metrics(Path(os.devnull))
+            return
         path = self.path / "metrics.jsonl"
         keep_until(path, step)
         self.metrics = Metrics(path)
