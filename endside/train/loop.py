@@ -114,7 +114,8 @@ def loop(
         clock.tick(step, record, targets=done.targets, shape=done.shape)
         last = step == cfg.steps
         if evaluate and (last or (cfg.eval_every and step % cfg.eval_every == 0)):
-            clock.evaluated(step, evaluate(model))
+            with _products(cfg, next(model.parameters()).device):
+                clock.evaluated(step, evaluate(model))
             team.settle(model)
         # The main process's clock decides for all.
         if last or team.agree(partial(clock.checkpoint_due, step)):

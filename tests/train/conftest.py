@@ -37,8 +37,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def cfg(shards: Path) -> PretrainConfig:
+def small(shards: Path) -> PretrainConfig:
+    """Twenty steps of a model of 50k parameters."""
     return PretrainConfig(
         model=replace(preset("tiny"), tie_word_embeddings=True),
         data=DataConfig(str(shards)),
@@ -53,6 +53,11 @@ def cfg(shards: Path) -> PretrainConfig:
         schedule=ScheduleConfig(warmup=4, decay=6),
         optim=OptimConfig(learning_rate=0.01),
     )
+
+
+@pytest.fixture
+def cfg(shards: Path) -> PretrainConfig:
+    return small(shards)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ The equation is the reference's. Rows are independent of each other bit for bit,
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from endside import native
@@ -22,5 +23,7 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         raise UserError("native rmsnorm has no gradient: use the reference, or torch.no_grad()")
     rows = x.detach().contiguous().view(-1, x.shape[-1])
     out = torch.empty_like(rows)
-    native.rmsnorm(rows.numpy(), weight.detach().contiguous().numpy(), eps, out=out.numpy())
+    # Not .numpy(): it would fix the weight's storage for ever, and sharded training frees it.
+    scale = np.from_dlpack(weight.detach().contiguous())
+    native.rmsnorm(rows.numpy(), scale, eps, out=out.numpy())
     return out.view(x.shape)
