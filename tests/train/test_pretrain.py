@@ -203,17 +203,6 @@ def test_inputs_that_do_not_fit(cfg: PretrainConfig, open_run, tmp_path: Path) -
     assert not (tmp_path / "run" / "config.toml").exists()
 
 
-def test_several_processes_are_refused(
-    cfg: PretrainConfig, open_run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process in this version"):
-        pretrain.main(cfg, open_run())
-    monkeypatch.setenv("RANK", "two")
-    with pytest.raises(UserError, match="RANK is 'two'"):
-        pretrain.main(cfg, open_run("b"))
-
-
 def test_speed_is_measured_without_a_run(cfg: PretrainConfig, tmp_path: Path) -> None:
     assert pretrain.measure_speed(cfg, seconds=0.1) > 100
     assert list(tmp_path.iterdir()) == []
