@@ -98,7 +98,7 @@ def loop(
     optimizer = make_optimizer(model, cfg.optim)
     start, tokens = _resume(model, optimizer, batches, run, team)
     run.begin(start)
-    clock = Watch(cfg, run, start, model)
+    clock = Watch(cfg, run, start, model, processes=team.world.size)
     model.train()
     for step in range(start + 1, cfg.steps + 1):
         rate = share(step, cfg.steps, cfg.schedule)

@@ -43,12 +43,15 @@ class WatchConfig(Protocol):
 class Watch:
     """Told of every step by the loop."""
 
-    def __init__(self, cfg: WatchConfig, run: RunFolder, start: int, model: nn.Module) -> None:
+    def __init__(
+        self, cfg: WatchConfig, run: RunFolder, start: int, model: nn.Module, *, processes: int = 1
+    ) -> None:
         self._cfg, self._run, self._start = cfg, run, start
         self._operations = _operations(model)
         device = next(model.parameters()).device
-        self._peak = peak_flops(device, cfg.precision) if self._operations else None
-        self._board = board(run, start) if cfg.tensorboard else None
+        peak = peak_flops(device, cfg.precision) if self._operations else None
+        self._peak = peak * processes if peak else None
+        self._board = board(run, start) if cfg.tensorboard and run.main else None
         self._heldout, self._losses = "", []
         self._begun = self._saved_at = self._ticked = time.monotonic()
 
