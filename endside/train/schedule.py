@@ -5,6 +5,7 @@
              = shape(x), x = (t - (steps - decay)) / decay      in the last `decay` steps
 
     exponential  floor ** x        linear  1 - (1 - floor) x        sqrt  1 - (1 - floor) sqrt(x)
+    cosine  1 - (1 - floor) (1 - cos(pi x)) / 2      the usual schedule is that from warm-up to end
 
 Nothing before the decay depends on `steps`: the stable phase can be extended at any time, and any
 stable checkpoint can be annealed in a run of its own. The share multiplies every group's own rate.
@@ -25,7 +26,7 @@ class ScheduleConfig:
 
     warmup: int = 100  # optimiser steps
     decay: int = 0  # optimiser steps at the end of the run; 0: the run stays stable
-    shape: Literal["exponential", "linear", "sqrt"] = "exponential"
+    shape: Literal["exponential", "linear", "sqrt", "cosine"] = "exponential"
     floor: float = 0.1  # share of the peak reached at the last step
 
     def __post_init__(self) -> None:
@@ -51,7 +52,8 @@ def share(step: int, steps: int, schedule: ScheduleConfig) -> float:
     x = 1 - left / schedule.decay
     if schedule.shape == "exponential":
         return schedule.floor**x
-    return 1 - (1 - schedule.floor) * (math.sqrt(x) if schedule.shape == "sqrt" else x)
+    done = {"linear": x, "sqrt": math.sqrt(x), "cosine": (1 - math.cos(math.pi * x)) / 2}
+    return 1 - (1 - schedule.floor) * done[schedule.shape]
 
 
 def phase(step: int, steps: int, schedule: ScheduleConfig) -> Literal["warmup", "stable", "decay"]:

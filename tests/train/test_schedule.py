@@ -23,6 +23,8 @@ def test_warm_up_is_linear_and_the_stable_phase_constant() -> None:
         ("exponential", 0.0625, [0.5, 0.25, 0.125, 0.0625]),
         ("linear", 0.0, [0.75, 0.5, 0.25, 0.0]),
         ("linear", 0.2, [0.8, 0.6, 0.4, 0.2]),
+        ("cosine", 0.0, [0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5, 0.0]),
+        ("cosine", 0.2, [0.6 + 0.08**0.5, 0.6, 0.6 - 0.08**0.5, 0.2]),
         ("sqrt", 0.1, [0.55, 1 - 0.9 * 0.5**0.5, 1 - 0.9 * 0.75**0.5, 0.1]),
     ],
 )
@@ -33,7 +35,7 @@ def test_decay(shape: str, floor: float, values: list[float]) -> None:
 
 @given(
     warmup=st.integers(0, 20), stable=st.integers(1, 30), decay=st.integers(0, 20),
-    longer=st.integers(0, 50), shape=st.sampled_from(["exponential", "linear", "sqrt"]),
+    longer=st.integers(0, 50), shape=st.sampled_from(["exponential", "linear", "sqrt", "cosine"]),
 )  # fmt: skip
 def test_a_longer_run_differs_only_after_the_stable_phase(
     warmup: int, stable: int, decay: int, longer: int, shape: str
