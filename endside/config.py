@@ -99,6 +99,14 @@ def _check_keys(kind: type, data: Mapping[str, Any], *, source: str, prefix: str
             value = None
         elif inner is not None and isinstance(value, Mapping):
             value = _check_keys(inner, value, source=source, prefix=f"{prefix}{key}.")
+        elif inner is not None and isinstance(value, list):
+            # an array of tables, [[data.mixture]]
+            value = [
+                _check_keys(inner, one, source=source, prefix=f"{prefix}{key}[{number}].")
+                if isinstance(one, Mapping)
+                else one
+                for number, one in enumerate(value)
+            ]
         result[key] = value
     return result
 
@@ -171,6 +179,10 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if dataclasses.is_dataclass(value):
+        return _toml(
+            {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        )
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
     # A JSON string is a TOML string, but for DEL, which TOML wants escaped.

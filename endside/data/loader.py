@@ -2,23 +2,30 @@
 
 A shard of n tokens is cut into (n - 1) // T windows of T + 1 tokens that overlap by one, so that
 every token but the first is a target exactly once per epoch. Epoch e visits the windows in a
-permutation drawn from (seed, e), and global window i is the (i mod W)-th of epoch i div W: the
-whole state of the reader is the number i, the same for any number of processes. Documents are
-numbered within a window, so that attention and loss can stay inside them.
+permutation drawn from (seed, e). Of several sources in a mixture each has its own order, and
+`order.Shares` says whose turn it is. The whole state of the reader is how many windows each source
+has given, the same for any number of processes: of every batch of all processes together, each
+reads its own rows. Documents are numbered within a window, so that attention and loss can stay
+inside them.
 
 The remainder of a shard (fewer than T tokens) is dropped; permutations live in memory (8 W bytes).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from endside.data.order import Order, Shares
 from endside.data.pack import Packed, Split
 from endside.dist import World
 from endside.errors import UserError
+
+PADDING = -1  # the document of tokens that are only there to fill a row
 
 
 @dataclass(frozen=True)
@@ -48,17 +55,42 @@ class LoaderConfig:
             raise UserError(f"batch {self.batch} and seq_len {self.seq_len} must be at least 1")
 
 
-class Windows:
-    """The windows of one split, by number."""
+@dataclass(frozen=True)
+class Source:
+    """Packed shards, and how much of a batch comes from them."""
 
-    def __init__(self, packed: Packed, split: Split, seq_len: int) -> None:
+    packed: Packed
+    weight: float = 1.0  # share of the rows
+
+    @property
+    def name(self) -> str:
+        """What reports call it: its folder."""
+        return self.packed.folder.as_posix()
+
+
+class Rows(Protocol):
+    """Rows of one length, by number."""
+
+    def __len__(self) -> int: ...
+    def read(self, number: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Windows:
+    """The windows of one split of one or more packed folders, by number."""
+
+    def __init__(self, packed: Packed | Sequence[Packed], split: Split, seq_len: int) -> None:
         self.seq_len = seq_len
-        self._tokens, self._starts = packed.tokens(split), packed.starts(split)
-        counts = [max(0, (len(shard) - 1) // seq_len) for shard in self._tokens]
+        self._shards = [
+            shard
+            for one in ([packed] if isinstance(packed, Packed) else packed)
+            for shard in one.shards(split)
+        ]
+        counts = [max(0, (len(shard.tokens) - 1) // seq_len) for shard in self._shards]
         self._first = np.cumsum([0, *counts])
         if len(self) == 0:
+            place = packed.folder if isinstance(packed, Packed) else "all sources together"
             raise UserError(
-                f"the {split} split of {packed.folder} is shorter than seq_len {seq_len} + 1 "
+                f"the {split} split of {place} is shorter than seq_len {seq_len} + 1 "
                 "tokens: lower seq_len or pack more text"
             )
 
@@ -69,69 +101,136 @@ class Windows:
         """tokens (T + 1,) and documents (T + 1,), both int64, of one window."""
         shard = int(np.searchsorted(self._first, number, side="right")) - 1
         start = (number - int(self._first[shard])) * self.seq_len
-        positions = np.arange(start, start + self.seq_len + 1, dtype=np.uint64)
-        owner = np.searchsorted(self._starts[shard], positions, side="right").astype(np.int64)
-        tokens = self._tokens[shard][start : start + self.seq_len + 1].astype(np.int64)
-        return tokens, owner - owner[0]
+        return self._shards[shard].read(start, start + self.seq_len + 1)
 
     def stack(self, numbers: list[int]) -> TokenBatch:
         """The windows `numbers` as one batch."""
-        tokens, documents = zip(*(self.read(number) for number in numbers), strict=True)
-        return TokenBatch(torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(documents)))
+        return stack([self.read(number) for number in numbers])
+
+
+def stack(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenBatch:
+    """(tokens, documents) of each row, all of one length, as one batch."""
+    tokens, documents = zip(*rows, strict=True)
+    return TokenBatch(torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(documents)))
+
+
+class Mixture:
+    """The rows of several sources in one endless sequence, each source beside its share.
+
+    identities: what tells a source from another in the state; keys: what its order is drawn from.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Rows],
+        weights: Sequence[float],
+        identities: Sequence[str],
+        keys: Sequence[Sequence[int]],
+    ) -> None:
+        self._rows, self._identities = list(rows), list(identities)
+        self._shares = Shares(weights)
+        self._orders = [Order(len(one), key) for one, key in zip(rows, keys, strict=True)]
+
+    def take(self, rows: int, *, own: range) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Advance by `rows` and read those whose number among them is in `own`."""
+        read = []
+        for row in range(rows):
+            source = self._shares.next()
+            place = self._shares.chosen[source] - 1
+            if row in own:
+                read.append(self._rows[source].read(self._orders[source].at(place)))
+        return read
+
+    @property
+    def epochs(self) -> list[float]:
+        """How often each source has been read."""
+        return [count / order.rows for count, order in zip(self.chosen, self._orders, strict=True)]
+
+    @property
+    def chosen(self) -> list[int]:
+        """How many rows each source has given."""
+        return self._shares.chosen
+
+    def state(self) -> dict[str, int]:
+        """The rows that each source has given, by its identity."""
+        return dict(zip(self._identities, self.chosen, strict=True))
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Continue where `state` was taken."""
+        self._shares.chosen = [int(state[identity]) for identity in self._identities]
 
 
 class Loader:
-    """An endless iterator over the training split, that can be saved and restored."""
+    """An endless iterator over the training split, that can be saved and restored.
 
-    def __init__(self, packed: Packed, config: LoaderConfig, world: World | None = None) -> None:
+    Of sources in a mixture, `epochs` in the state says how often each has been read.
+    """
+
+    def __init__(
+        self, data: Packed | Sequence[Source], config: LoaderConfig, world: World | None = None
+    ) -> None:
         self.config = config
-        self._windows = Windows(packed, "train", config.seq_len)
-        self._identity = packed.identity
+        self._alone = isinstance(data, Packed)
+        self._sources = [Source(data)] if isinstance(data, Packed) else list(data)
         self._world = world or World()
-        self._consumed = 0  # windows, by all processes together
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+        identities = [source.packed.identity for source in self._sources]
+        # A source alone has the order it always had; in a mixture, one that its place in the list
+        # does not change.
+        keys = [[config.seed, int(identity[:8], 16)] for identity in identities]
+        self._rows = Mixture(
+            [Windows(source.packed, "train", config.seq_len) for source in self._sources],
+            [source.weight for source in self._sources],
+            identities,
+            [[config.seed]] if self._alone else keys,
+        )
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> TokenBatch:
-        first = self._consumed + self._world.rank * self.config.batch
-        numbers = [self._window(first + row) for row in range(self.config.batch)]
-        self._consumed += self.config.batch * self._world.size
-        return self._windows.stack(numbers)
-
-    def _window(self, place: int) -> int:
-        epoch, within = divmod(place, len(self._windows))
-        if epoch != self._epoch:
-            # RandomState's stream is frozen by NumPy's own promise (NEP 19): an order is for ever.
-            seeds = np.random.SeedSequence([self.config.seed, epoch])
-            random = np.random.RandomState(np.random.MT19937(seeds))
-            self._epoch, self._order = epoch, random.permutation(len(self._windows))
-        return int(self._order[within])
+        batch = self.config.batch
+        first = self._world.rank * batch
+        rows = self._rows.take(batch * self._world.size, own=range(first, first + batch))
+        return stack(rows)
 
     @property
     def epochs(self) -> float:
-        """How often the training split has been read."""
-        return self._consumed / len(self._windows)
+        """How often the training split has been read; of a mixture, the source read most often."""
+        return max(self._rows.epochs)
 
-    def state(self) -> dict[str, int | str]:
+    def state(self) -> dict[str, Any]:
         """The cursor, and what it counts in."""
-        return {"consumed": self._consumed, **self._units()}
+        if self._alone:
+            return {"consumed": self._rows.chosen[0], **self._units()}
+        epochs = {
+            source.name: round(epoch, 6)
+            for source, epoch in zip(self._sources, self._rows.epochs, strict=True)
+        }
+        return {"consumed": self._rows.state(), "epochs": epochs, **self._units()}
 
-    def fits(self, state: dict[str, int | str]) -> bool:
+    def fits(self, state: dict[str, Any]) -> bool:
         """Whether `state` counts windows of this data, in this order."""
         return all(state.get(key) == value for key, value in self._units().items())
 
-    def restore(self, state: dict[str, int | str]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken; UserError for another data set, length or seed."""
-        for key, value in self._units().items():
-            if state.get(key) != value:
-                raise UserError(
-                    f"the checkpoint read data with {key} {state.get(key)}, this run has {value}: "
-                    "resume with the data, seq_len and seed it was started with"
-                )
-        self._consumed = int(state["consumed"])
+        check_units(state, self._units())
+        consumed = state["consumed"]
+        self._rows.restore(
+            {self._sources[0].packed.identity: consumed} if self._alone else consumed
+        )
 
-    def _units(self) -> dict[str, int | str]:
-        return {"data": self._identity, "seq_len": self.config.seq_len, "seed": self.config.seed}
+    def _units(self) -> dict[str, Any]:
+        identities = [source.packed.identity for source in self._sources]
+        data = identities[0] if self._alone else ",".join(sorted(identities))
+        return {"data": data, "seq_len": self.config.seq_len, "seed": self.config.seed}
+
+
+def check_units(state: dict[str, Any], units: dict[str, Any]) -> None:
+    """UserError unless a cursor counts in these units."""
+    for key, value in units.items():
+        if state.get(key) != value:
+            raise UserError(
+                f"the checkpoint read data with {key} {state.get(key)}, this run has {value}: "
+                "resume with the data, lengths and seed it was started with"
+            )

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from endside.data.loader import TokenBatch
+from endside.data.loader import PADDING, TokenBatch
 from endside.errors import UserError
 from endside.model.batch import Batch
 from endside.ops.cross_entropy.reference import IGNORE, cross_entropy
@@ -88,11 +88,13 @@ def _positions(documents: torch.Tensor) -> torch.Tensor:
 
 
 def shifted_targets(batch: TokenBatch, ahead: int) -> torch.Tensor:
-    """(B, T): the token `ahead` of each input; IGNORE past the window or in another document."""
+    """(B, T): the token `ahead` of each input; IGNORE where the window or its document ends."""
     length = batch.tokens.shape[1] - 1
     targets = torch.full_like(batch.tokens[:, :length], IGNORE)
     own, later = batch.documents[:, : length + 1 - ahead], batch.documents[:, ahead:]
-    targets[:, : length + 1 - ahead] = torch.where(own == later, batch.tokens[:, ahead:], IGNORE)
+    targets[:, : length + 1 - ahead] = torch.where(
+        (own == later) & (own != PADDING), batch.tokens[:, ahead:], IGNORE
+    )
     return targets
 
 

@@ -27,9 +27,10 @@ import torch
 from torch import nn
 
 from endside import config as configuration
-from endside.data.loader import Loader, LoaderConfig, Windows
+from endside.data.loader import LoaderConfig, Source
 from endside.data.pack import Packed
-from endside.data.source import DataConfig, open_data
+from endside.data.prefetch import Prefetch
+from endside.data.source import DataConfig, heldout_windows, make_reader, open_sources
 from endside.errors import UserError
 from endside.model.config import ModelConfig
 from endside.model.presets import preset
@@ -154,13 +155,14 @@ def main(
     make = make or make_model
     with parallel.team(cfg.parallel, cfg.device) as team:
         cfg = team.agree(lambda: resolve(cfg, run))
-        packed = team.first(lambda: open_data(cfg.data, cfg.model.vocab_size, run.progress))
+        data = team.first(lambda: open_sources(cfg.data, cfg.model.vocab_size, run.progress))
         team.agree(lambda: run.fix(cfg, free=("run", "tensorboard", "parallel")))
         with deterministic(cfg):
             model = team.spread(make(cfg), cfg.precision)
-            batches = Loader(packed, _loader(cfg, team), team.data)
-            measure = heldout(packed, cfg, team)
-            loop(model, batches, next_token(cfg.loss), cfg, run, evaluate=measure, team=team)
+            reader = make_reader(data, cfg.data.bands, _loader(cfg, team), team.data)
+            measure = heldout(data, cfg, team)
+            with Prefetch(reader) as batches:
+                loop(model, batches, next_token(cfg.loss), cfg, run, evaluate=measure, team=team)
         model = whole_model(model, lambda: make(cfg), team)
     model.eval()
     if export is not None and run.main:
@@ -220,9 +222,9 @@ def _loader(cfg: PretrainConfig, team: Team = ALONE) -> LoaderConfig:
     return LoaderConfig(team.rows(cfg.batch), cfg.seq_len, cfg.seed)
 
 
-def heldout(packed: Packed, cfg: PretrainConfig, team: Team = ALONE) -> Evaluate:
+def heldout(data: Packed | Sequence[Source], cfg: PretrainConfig, team: Team = ALONE) -> Evaluate:
     """evaluate(model) -> {"heldout_loss"}: nats per token over windows spread over unseen text."""
-    windows = Windows(packed, "heldout", cfg.seq_len)
+    windows = heldout_windows(data, cfg.seq_len)
     looked_at = min(cfg.eval_rows, len(windows))
     rows = [number * len(windows) // looked_at for number in range(looked_at)]
     groups = [rows[start : start + cfg.batch] for start in range(0, len(rows), cfg.batch)]
@@ -275,10 +277,11 @@ def measure_speed(
     """
     from endside.train.optim import make_optimizer
 
-    packed = open_data(cfg.data, cfg.model.vocab_size)
+    data = open_sources(cfg.data, cfg.model.vocab_size)
     with deterministic(cfg):
         model = (make or make_model)(cfg)
-        batches, optimizer = Loader(packed, _loader(cfg)), make_optimizer(model, cfg.optim)
+        batches = make_reader(data, cfg.data.bands, _loader(cfg))
+        optimizer = make_optimizer(model, cfg.optim)
         loss_fn = next_token(cfg.loss)
         timed, begun = -2, time.monotonic()
         while timed < 2 or time.monotonic() - begun < seconds:
