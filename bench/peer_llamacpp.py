@@ -124,8 +124,8 @@ def _source(folder: Path) -> Path:
     if not list(folder.glob("llama_cpp_python-*.tar.gz")):
         _say(f"fetching the source of {PACKAGE}")
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
-        # The source is only unpacked here: its build backend is not needed to fetch it.
-        _run([*pip, "--no-build-isolation", "--dest", folder, PACKAGE])
+        # pip asks even a source that is only unpacked for its metadata: in an environment apart.
+        _run([*pip, "--dest", folder, PACKAGE])
     archive = next(folder.glob("llama_cpp_python-*.tar.gz"))
     with tarfile.open(archive) as packed:
         packed.extractall(folder, filter="data")

@@ -188,7 +188,7 @@ def test_plain_lines_are_read_as_tyro_reads_them(
 @pytest.mark.parametrize(
     "argv",
     [
-        [], ["-h"], ["m", "--help"], ["m", "a", "b"], ["m", "--model", "x"], ["m", "--nothing"],
+        ["-h"], ["m", "--help"], ["m", "a", "b"], ["m", "--model", "x"], ["m", "--nothing"],
         ["m", "--max-tokens"], ["m", "--max-tokens", "x"], ["m", "--max-tokens=5"],
         ["m", "--max-tokens", "1", "--max-tokens", "2"], ["m", "--max_tokens", "1"],
         ["m", "--top-k", "-1"], ["m", "--quant", "int5"], ["m", "--seed", "None"], ["m", "-x"],
@@ -200,6 +200,7 @@ def test_everything_else_is_left_to_tyro(argv: list[str]) -> None:
 
 
 BAD = {
+    "nothing": (["run"], "MODEL is missing"),
     "empty prompt": (["run", "{model}", ""], "prompt is empty"),
     "long prompt": (["run", "{model}", "fox " * 400], "cache holds 256"),
     "nan": (["run", "{model}", "a", "--temperature", "nan"], "temperature"),

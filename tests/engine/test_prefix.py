@@ -163,16 +163,18 @@ def test_nothing_is_dropped_in_vain() -> None:
     assert engine.prefixes.counts.tokens_dropped > 0
 
 
-def test_the_least_recently_used_prefix_goes_first_from_its_end() -> None:
+@pytest.mark.parametrize(("asked", "pieces"), [(0, 2), (1, 1)])
+def test_the_least_recently_used_prefix_goes_first_from_its_end(asked: int, pieces: int) -> None:
+    """One question for each state: a fork of this executor shares no pages, so asking needs some,
+    and what was not asked for makes room."""
     executor = FakeExecutor(context=256, capacity=448)
     engine = Engine(executor)
-    old, new = _prompt(140), _prompt(140, seed=1)
-    for prompt in (old, new, old):
-        _run(engine, prompt)
+    stems = _prompt(140), _prompt(140, seed=1)
+    for which in (0, 1, 0):
+        _run(engine, stems[which])
     _run(engine, _prompt(195, seed=2))  # 200 tokens, four pages; three are free
     assert engine.prefixes.counts.tokens_dropped == PIECE
-    assert _run(engine, old, max_tokens=1).reused == 2 * PIECE
-    assert _run(engine, new, max_tokens=1).reused == PIECE
+    assert _run(engine, stems[asked], max_tokens=1).reused == pieces * PIECE
 
 
 def test_a_longer_turn_takes_the_place_of_a_shorter_one() -> None:
