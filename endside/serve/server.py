@@ -6,8 +6,10 @@ them. Either way the streams are closed properly, so clients see an end or an er
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import socket
+import sys
 from typing import TYPE_CHECKING
 
 from endside.errors import UserError
@@ -18,6 +20,18 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 LARGEST_HEADERS = 64 * 1024
+M_ARENA_MAX = -8  # of mallopt(3)
+
+
+def one_heap() -> None:
+    """Let all threads share one heap of the C library, where that is glibc; before they start.
+
+    Every thread that reads a request otherwise gets a heap of its own, and under a crowd each of
+    them grows to the most it ever needed at once: memory that creeps up for as long as the server
+    runs (`bench/serve_load.py`). Nothing here allocates so much in parallel that sharing costs.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(M_ARENA_MAX, 1)
 
 
 def is_local(host: str) -> bool:

@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
     keys = auth.read_keys(flags.api_key_file) if flags.api_key_file is not None else ()
     _check(flags, protected=bool(keys), local=server.is_local(flags.host))
     listening = server.bind(flags.host, flags.port)
+    server.one_heap()
     llm = LLM(flags.model, **{one.name: getattr(flags.plan, one.name) for one in fields(Plan)})
     runner = Runner(llm, queue=flags.queue, timeout=flags.timeout or None)
     name = flags.name or Path(flags.model).name or flags.model
