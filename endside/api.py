@@ -101,7 +101,9 @@ class LLM:
         tokenizer = Tokenizer.load(checkpoint.folder, whole=False)
         executor = create(checkpoint, plan)
         self._join(
-            _engine(executor, tokenizer, plan.max_batch, drafts_of(plan, executor)),
+            _engine(
+                executor, tokenizer, plan.max_batch, drafts_of(plan, executor, checkpoint.folder)
+            ),
             tokenizer,
             generation=checkpoint.generation,
             stop_ids=_stop_ids(checkpoint, tokenizer),
@@ -326,7 +328,9 @@ def _engine(
     executor: Executor, tokenizer: Tokenizer, max_batch: int, drafts: Drafts | None = None
 ) -> Engine:
     table = tokenizer.token_bytes(executor.vocab_size, shown=chat.ANSWER_MARKS)
-    size = LazySize(executor, cache_root() / "verify") if drafts else None
+    asked = drafts.inputs if drafts is not None else None
+    questions = 0 if asked is None else len(asked)
+    size = LazySize(executor, cache_root() / "verify", questions=questions) if drafts else None
     return Engine(executor, table, max_batch=max_batch, drafts=drafts, size=size)
 
 

@@ -16,7 +16,7 @@ trees of the likeliest tokens do better and keep the seed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -55,13 +55,20 @@ class Tree:
 
     def cut(self, rows: int, depth: int) -> Tree:
         """The nodes among the first `rows` that are at most `depth` tokens deep."""
-        keep = np.flatnonzero(self.depths()[:rows] <= depth)
+        return self._kept(np.flatnonzero(self.depths()[:rows] <= depth))
+
+    def guesses(self, vocab_size: int) -> Tree:
+        """Without questions: nodes whose tokens lie behind the vocabulary, which stand last."""
+        return self._kept(np.flatnonzero(self.tokens < vocab_size))
+
+    def _kept(self, keep: np.ndarray) -> Tree:
         if len(keep) == len(self):
             return self
         place = np.full(len(self), -1, np.int32)
         place[keep] = np.arange(len(keep))
         parents = self.parents[keep]
-        # Depths grow along a path and parents come first, so every kept node's parent is kept.
+        # Depths grow along a path and parents come first; a guess never stands behind a question:
+        # so every kept node's parent is kept.
         return Tree(self.tokens[keep], np.where(parents < 0, -1, place[parents]).astype(np.int32))
 
     def check(self, vocab_size: int) -> None:
@@ -85,7 +92,10 @@ class Drafter(Protocol):
     """The source of one sequence's guesses."""
 
     def propose(self, history: np.ndarray, rows: int) -> Tree:
-        """At most `rows` nodes that may follow history (S,), prompt and answer so far."""
+        """At most `rows` nodes that may follow history (S,), prompt and answer so far.
+
+        Behind them may stand questions: tokens of its `Drafts.inputs`, which are not counted.
+        """
         ...
 
     def accepted(self, tokens: np.ndarray, features: np.ndarray | None) -> None:
@@ -101,12 +111,22 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
+class Asking(Protocol):
+    """A drafter that puts questions into its trees."""
+
+    def verified(self, tree: Tree, logits: np.ndarray, path: list[int]) -> None:
+        """After `accepted`: logits (T + 1, V) of the root and the tree's nodes; path: rows kept."""
+        ...
+
+
 class Drafts(Protocol):
     """Makes drafters for the sequences of one engine."""
 
     name: str
     vocab_size: int | None  # None: it has no vocabulary of its own
     feature_layers: tuple[int, ...]  # what it wants to see of the model (Executor.features)
+    inputs: np.ndarray | None  # (I, C) tokens of its own (Executor.set_inputs), to ask the model by
 
     def start(self, request: Request) -> Drafter:
         """A drafter for a new sequence, before its prompt is run."""
@@ -114,14 +134,14 @@ class Drafts(Protocol):
 
 
 class Size(Protocol):
-    """How many nodes a tree should have now."""
+    """How many guesses a tree should have now."""
 
     def rows(self, running: int) -> int:
-        """Nodes of the next tree while `running` sequences answer; 0: decode plainly."""
+        """Guesses of the next tree while `running` sequences answer; 0: decode plainly."""
         ...
 
     def record(self, tree: Tree, path: list[int], seconds: float) -> None:
-        """A tree that took `seconds` to guess was verified and these of its nodes were kept."""
+        """A tree (its guesses) that took `seconds` was verified and these nodes were kept."""
         ...
 
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence as Items
 import numpy as np
 
 from endside.engine.choice import Chosen
-from endside.engine.draft import MAX_ROWS, Drafts, FixedSize, Size, Tree, check_drafts
+from endside.engine.draft import MAX_ROWS, Asking, Drafts, FixedSize, Size, Tree, check_drafts
 from endside.engine.executor import Executor
 from endside.engine.prefix import PrefixCache
 from endside.engine.request import Handle, Request, Token
@@ -59,6 +59,10 @@ class Engine:
             check_drafts(drafts, executor.vocab_size)
             if drafts.feature_layers:
                 executor.feature_layers = drafts.feature_layers
+            if drafts.inputs is not None:
+                executor.set_inputs(drafts.inputs)
+        asked = drafts.inputs if drafts is not None else None
+        self._known = executor.vocab_size + (0 if asked is None else len(asked))
         self.executor = executor
         self.token_bytes = token_bytes
         self.prefill_chunk = prefill_chunk
@@ -206,8 +210,9 @@ class Engine:
         begun = time.perf_counter()
         tree = sequence.drafter.propose(sequence.choice.tokens, rows)
         seconds = time.perf_counter() - begun
-        tree.check(self.executor.vocab_size)
-        return tree.cut(rows, depth), seconds
+        tree.check(self._known)
+        # Questions are not counted, and `check` has seen that there are not too many.
+        return tree.cut(rows if self.drafts.inputs is None else len(tree), depth), seconds
 
     def _verify(self, sequence: Sequence, tree: Tree, seconds: float | None) -> list[Token]:
         """Run the last token and a tree behind it; keep the path that the model itself takes.
@@ -224,11 +229,14 @@ class Engine:
         if sequence.handle.done:
             return []
         self.executor.accept(sequence.slot, path)
+        guesses = tree.guesses(self.executor.vocab_size)
         if seconds is not None:
-            self.size.record(tree, [row - 1 for row in path[1:]], seconds)
-        sequence.handle.drafted += len(tree)
+            self.size.record(guesses, [row - 1 for row in path[1:]], seconds)
+        sequence.handle.drafted += len(guesses)
         tokens = self._deliver(sequence, steps)
         self._observe(sequence, rows[path], path)
+        if isinstance(sequence.drafter, Asking):
+            sequence.drafter.verified(tree, logits, path)
         return tokens
 
     def _walk(

@@ -86,6 +86,13 @@ class Executor(Protocol):
         """
         ...
 
+    def set_inputs(self, rows: np.ndarray) -> None:
+        """Tokens vocab_size, vocab_size + 1, … enter the first layer as rows (I, C) float32.
+
+        They can stand in a tree, to be asked what comes there; no model writes them.
+        """
+        ...
+
     def embed_rows(self, tokens: np.ndarray) -> np.ndarray:
         """tokens (T,) -> what enters the first layer (T, C) float32, for draft heads."""
         ...

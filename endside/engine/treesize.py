@@ -6,12 +6,14 @@ late. The size with the most tokens per second wins, and none at all where that 
 on few cores verifies 4 rows at nearly the price of one and 16 at several times that, so small trees
 are best there (SpecMQuant's finding), while a GPU takes 60.
 
-    tokens per second (n) = (1 + p(0) + … + p(n - 1)) / (c(n + 1) + n g)     g: guessing a node
+    tokens per second (n) = (1 + p(0) + … + p(n - 1)) / (c(rows) + n g)      g: guessing a node
+    rows                  = 1 + n + (1 + n) q          q: questions behind each node (drafts/bita)
     without a tree        = running / c(running)                     the others share the pass
 
 Sizes not in use are not measured, so now and then (`PROBE`) a larger tree is tried; more and more
-rarely (`RARELY`) where none pays, and again at once when the try kept two tokens. Costs depend on
-machine, threads and model and lie in the user's cache folder, one small file each.
+rarely (`RARELY`) where none pays, and again at once when the try kept two tokens, or could only ask
+questions and has its guesses next. Costs depend on machine, threads and model and lie in the user's
+cache folder, one small file each.
 """
 
 from __future__ import annotations
@@ -107,24 +109,28 @@ def _read(file: Path) -> dict[int, float] | None:
 
 
 class AutoSize:
-    """Implements `Size`."""
+    """Implements `Size`. questions: tokens that a drafter asks behind the text and each guess."""
 
-    def __init__(self, costs: dict[int, float]) -> None:
+    def __init__(self, costs: dict[int, float], *, questions: int = 0) -> None:
         known = sorted(costs)
-        self.largest = min(known[-1], MAX_ROWS) - 1  # nodes
+        self.largest = max(0, min(known[-1], MAX_ROWS) // (1 + questions) - 1)  # guesses
+        self._rows = (1 + questions) * np.arange(2, self.largest + 2)  # of a pass over 1, 2, …
         self._cost = np.interp(np.arange(MAX_ROWS + 1), known, [costs[one] for one in known])
         # Before anything is known, a chain whose tokens are right two times in three.
         self._luck = (2 / 3) ** np.arange(1, MAX_ROWS)
         self._times: deque[float] = deque(maxlen=RECENT)
         self._guess = 0.0  # seconds a node takes to be guessed
         self._pause = self._until = PROBE  # passes between tries, and until the next one
-        self._off = False
+        self._off = self._asked = False
 
     def rows(self, running: int) -> int:
         """Nodes of the next tree; 0 where plain decoding brings more tokens per second."""
         best = self.best(running)
         self._off = best == 0
         self._until -= 1
+        if self._asked:
+            self._asked = False
+            return max(best, min(4, self.largest))
         if self._until > 0:
             return best
         self._pause = self._until = min(2 * self._pause, RARELY) if self._off else PROBE
@@ -132,16 +138,21 @@ class AutoSize:
 
     def best(self, running: int) -> int:
         """The size that pays most, as far as is known."""
+        if not self.largest:
+            return 0
         shared = min(running, MAX_ROWS)
         plain = shared / self._cost[shared]
         tokens = 1 + np.cumsum(self._luck[: self.largest])
         guessing = self._guess * np.arange(1, self.largest + 1)
-        speed = tokens / (self._cost[2 : self.largest + 2] + guessing)
+        speed = tokens / (self._cost[self._rows] + guessing)
         at = int(speed.argmax())
         return at + 1 if speed[at] > plain else 0
 
     def record(self, tree: Tree, path: list[int], seconds: float) -> None:
         """A tree was guessed in `seconds` and verified; path: its nodes that were kept."""
+        if not len(tree):
+            self._asked = True
+            return
         # The least of some: a guess may have to catch up with a prompt, or with passes without one.
         self._times.append(seconds / len(tree))
         self._guess = min(self._times) if len(self._times) > 1 else 0.0
@@ -157,11 +168,11 @@ class AutoSize:
 class LazySize:
     """Implements `Size`: measures when the first tree is wanted, so that loading costs nothing.
 
-    folder: where costs are kept.
+    folder: where costs are kept; questions: as `AutoSize`.
     """
 
-    def __init__(self, executor: Executor, folder: Path) -> None:
-        self._executor = executor
+    def __init__(self, executor: Executor, folder: Path, *, questions: int = 0) -> None:
+        self._executor, self._questions = executor, questions
         self._folder = folder
         self._size: AutoSize | None = None
 
@@ -171,7 +182,7 @@ class LazySize:
             costs = remembered(self._executor, self._folder)
             if costs is None:
                 return 0
-            self._size = AutoSize(costs)
+            self._size = AutoSize(costs, questions=self._questions)
         return self._size.rows(running)
 
     def record(self, tree: Tree, path: list[int], seconds: float) -> None:

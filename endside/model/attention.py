@@ -43,7 +43,12 @@ class Attention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is None:
+        if batch.seen is not None:
+            assert cache is None and self.config.sparse is None, (
+                "`seen` is for dense, uncached rows"
+            )
+            out = attention.attend_seen(q, k, v, batch.seen)
+        elif cache is None:
             out = self._attend(q, k, v, batch.documents)
         else:
             out = self._attend_cached(q, k, v, batch, cache)

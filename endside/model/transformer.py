@@ -65,7 +65,7 @@ class Transformer(nn.Module):
 
         With a cache, each row's keys and values are stored and its length advances by T.
         """
-        hidden = self.embed(batch.tokens)
+        hidden = self.embed(batch.tokens, batch.inputs)
         rope = self.rope(self._positions(batch, cache))
         for layer in self.layers:
             hidden = layer(hidden, rope, batch, cache)
@@ -74,9 +74,13 @@ class Transformer(nn.Module):
                 cache.advance(seq, batch.tokens.shape[1])
         return self.norm(hidden)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, T) -> scaled embeddings (B, T, C)."""
-        return self.embed_tokens(tokens) * self.config.scale_emb
+    def embed(self, tokens: torch.Tensor, inputs: torch.Tensor | None = None) -> torch.Tensor:
+        """tokens (B, T) -> scaled embeddings (B, T, C); inputs (I, C): tokens behind them."""
+        if inputs is None:
+            return self.embed_tokens(tokens) * self.config.scale_emb
+        behind = (tokens - self.config.vocab_size).clamp(min=0)
+        known = self.embed(tokens.clamp(max=self.config.vocab_size - 1))
+        return torch.where((tokens < self.config.vocab_size)[..., None], known, inputs[behind])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (..., C) after the final norm -> logits (..., V) in float32."""

@@ -171,6 +171,14 @@ class Model:
         except ValueError as error:
             raise UserError(f"native {error}") from error
 
+    def set_inputs(self, rows: np.ndarray) -> None:
+        """Tokens vocab, vocab + 1, … enter the first layer as rows (I, C) float32."""
+        rows = np.ascontiguousarray(rows, dtype=np.float32)
+        try:
+            self._core.set_inputs(rows)
+        except ValueError as error:
+            raise UserError(f"native {error}") from error
+
     def copy_chunk(self, source: int, target: int) -> None:
         """The tokens of one chunk into another: before a shared chunk is written."""
         self._core.copy_chunk(source, target)

@@ -7,6 +7,8 @@
     loss     cross entropy at each of `unroll` steps of the head on itself, a step counting 0.8 of
              the one before (EAGLE-3, arXiv 2503.01840)
 
+`kind = "bita"` trains no head but rows that the model is asked by (train/bita.py).
+
 The model is frozen and stands outside: a run's checkpoints hold the head alone. With
 `bits = "int4"` the projections are trained as they will be rounded (MiniCPM4, section 4.1.3: a
 draft rounded afterwards loses acceptance, one trained so does not). `evaluate` follows the head for
@@ -16,7 +18,9 @@ mean accepted length, the token that comes for nothing included.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,12 +31,13 @@ from torch import nn
 from endside.data.loader import Loader, LoaderConfig, TokenBatch, Windows
 from endside.data.pack import Packed
 from endside.errors import UserError
-from endside.formats import draft_head
+from endside.formats import draft_head, draft_soft
 from endside.model.config import ModelConfig
 from endside.model.draft import DraftHead, Pairs, feature_layers
 from endside.model.transformer import Transformer
 from endside.quant.pack import Scheme
 from endside.quant.ternary import FakeLinear, fake_quantized
+from endside.train import bita
 from endside.train.loop import Evaluate, loop
 from endside.train.losses import Loss, LossFn, model_batch
 from endside.train.optim import OptimConfig
@@ -60,13 +65,14 @@ class DraftConfig:
 
     model: str  # folder of the model it drafts for
     steps: int
-    kind: Literal["eagle2", "eagle3", "mtp"] = "eagle2"
+    kind: Literal["eagle2", "eagle3", "mtp", "bita"] = "eagle2"
     text: WriteConfig = field(default_factory=WriteConfig)
     ranking: str = ""  # eagle3: token frequencies (endside draft rank); empty: all tokens
     keep: int = 0  # eagle3: how many of them its own head has; 0: all
     bits: Literal["none", "int4"] = "none"
     group: int = 32  # weights per scale
-    unroll: int = 4  # steps of the head on itself
+    unroll: int = 4  # steps of the head on itself; bita: mask tokens
+    prompts: int = 1  # bita: prompt tokens before the masks
     run: str = ""  # run folder; empty: the configuration's path without its suffix
     batch: int = 8
     accumulate: int = 1
@@ -81,6 +87,7 @@ class DraftConfig:
     checkpoint_seconds: float = 60.0
     tensorboard: bool = False
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    # bita's few rows learn well with 0.1 to 0.3
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=0.005))
 
     def __post_init__(self) -> None:
@@ -96,7 +103,19 @@ class DraftConfig:
             raise UserError(f"group is {self.group}: weights share a scale by 32, 64 or 128")
         if self.keep and (self.kind != "eagle3" or not self.ranking):
             raise UserError("keep cuts eagle3's own head by frequency: give kind and ranking too")
+        self._check_bita()
         check(self.steps, self.schedule)
+
+    def _check_bita(self) -> None:
+        if self.kind != "bita":
+            return
+        if self.ranking or self.bits != "none":
+            raise UserError("kind bita has no head to cut or round: leave ranking and bits out")
+        if self.prompts < 0 or self.prompts + self.unroll > draft_soft.MOST:
+            raise UserError(
+                f"prompts {self.prompts} and unroll {self.unroll}: at most {draft_soft.MOST} soft "
+                "tokens fit into a draft"
+            )
 
 
 def train(cfg: DraftConfig, model: Transformer, packed: Packed, run: RunFolder) -> Path:
@@ -105,12 +124,18 @@ def train(cfg: DraftConfig, model: Transformer, packed: Packed, run: RunFolder) 
     run.fix(cfg, free=("run", "tensorboard"))
     torch.manual_seed(cfg.seed)
     model.eval().requires_grad_(False).to(cfg.device)
+    batches = Loader(packed, LoaderConfig(cfg.batch, cfg.seq_len, cfg.seed))
+    folder = run.path / "draft"
+    if cfg.kind == "bita":
+        soft = bita.make(cfg, model).to(cfg.device)
+        measure = accepted_length(partial(bita.matches, model=model), packed, cfg)
+        loop(soft, batches, bita.loss_of(model, decay=DECAY), cfg, run, evaluate=measure)
+        return draft_soft.write(bita.export(soft), folder, overwrite=True)
     ids = _ids(cfg, model.config.vocab_size)
     head = make(cfg, model, ids).to(cfg.device)
-    batches = Loader(packed, LoaderConfig(cfg.batch, cfg.seq_len, cfg.seed))
-    measure = accepted_length(model, packed, cfg, ids)
+    measure = accepted_length(partial(matches, model=model, cfg=cfg, ids=ids), packed, cfg)
     loop(head, batches, loss_of(model, cfg, ids), cfg, run, evaluate=measure)
-    return draft_head.write(export(head, cfg, ids), run.path / "draft", overwrite=True)
+    return draft_head.write(export(head, cfg, ids), folder, overwrite=True)
 
 
 def _fits(cfg: DraftConfig, model: ModelConfig, packed: Packed) -> None:
@@ -216,9 +241,12 @@ def _inside(documents: torch.Tensor, step: int) -> torch.Tensor:
 
 
 def accepted_length(
-    model: Transformer, packed: Packed, cfg: DraftConfig, ids: torch.Tensor | None
+    right_of: Callable[..., torch.Tensor], packed: Packed, cfg: DraftConfig
 ) -> Evaluate:
-    """evaluate(head) -> {"accepted_length"}: tokens a pass on held-out text, by chains."""
+    """evaluate(head) -> {"accepted_length"}: tokens a pass on held-out text, by chains.
+
+    right_of: (head, batch=…) -> (k, …) 0 or 1, as `matches`.
+    """
     windows = Windows(packed, "heldout", cfg.seq_len)
     looked_at = min(cfg.eval_rows, len(windows))
     rows = [number * len(windows) // looked_at for number in range(looked_at)]
@@ -229,7 +257,7 @@ def accepted_length(
         kept = roots = 0.0
         for start in range(0, len(rows), cfg.batch):
             batch = windows.stack(rows[start : start + cfg.batch]).to(cfg.device)
-            right = matches(head, model, batch, cfg, ids)
+            right = right_of(head, batch=batch)
             kept += float(right.cumprod(0).sum())
             roots += right[0].numel()
         head.train()

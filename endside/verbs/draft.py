@@ -1,7 +1,8 @@
 """`endside draft rank|train`: what speculation needs of its own.
 
     endside draft rank TOKENIZER CORPUS FILE.npy     how frequent tokens are, for FR-Spec
-    endside draft train CONFIG.toml [key=value …]    a head that drafts for a model
+    endside draft train CONFIG.toml [key=value …]    a draft for a model: a head, or with
+                                                     kind = "bita" mask tokens for the model itself
 
 Training first lets the model write: each text begins with tokens of `text.prompts` and goes on as
 the model wills, through the engine and with the sampling that is said. The texts become token
@@ -48,7 +49,7 @@ class Train:
     """Train a draft head; run it again to resume."""
 
     config: Positional[Path]
-    """The TOML file of the run: model, kind (eagle2, eagle3, mtp), text.prompts, steps."""
+    """The TOML file of the run: model, kind (eagle2, eagle3, mtp, bita), text.prompts, steps."""
     overrides: Positional[tuple[str, ...]] = ()
     """key=value pairs that win over the file, such as steps=2000."""
 

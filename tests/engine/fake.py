@@ -98,6 +98,9 @@ class FakeExecutor:
         del self._tokens[seq]
         self.free += -(-self._room.pop(seq) // PAGE)
 
+    def set_inputs(self, rows: np.ndarray) -> None:
+        self.inputs = rows
+
     def attention(self, length: int) -> tuple[str, int]:
         return "dense", length
 

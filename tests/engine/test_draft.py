@@ -51,7 +51,7 @@ class Guesser:
 class Guesses:
     """Implements `Drafts`."""
 
-    name, feature_layers = "guesses", ()
+    name, feature_layers, inputs = "guesses", (), None
 
     def __init__(self, skill: float = 0.8, vocab_size: int | None = None) -> None:
         self.skill, self.vocab_size = skill, vocab_size

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from endside.checkpoint import Checkpoint
-from endside.engine.draft import Drafter, Drafts, Tree
+from endside.engine.draft import MAX_ROWS, Asking, Drafter, Drafts, Tree
+from endside.engine.drafts.bita import Bita
 from endside.engine.drafts.eagle import Heads
 from endside.engine.drafts.head import Head
 from endside.engine.drafts.lookup import Lookup
@@ -27,6 +28,7 @@ from endside.engine.executors import Plan, create
 from endside.engine.executors.torch import TorchExecutor
 from endside.engine.request import Request, SamplingConfig
 from endside.formats.draft_head import LAYER, DraftHead
+from endside.formats.draft_soft import SoftTokens
 from endside.formats.hf import load_checkpoint, save
 from endside.model.config import ModelConfig
 from endside.model.transformer import Transformer
@@ -35,7 +37,7 @@ from tests.engine.tiny import HAS_CORE, VOCAB, awkward
 
 CONTEXT = 560
 ANSWER = 14  # tokens
-SOURCES = ("lookup", "model", "eagle2", "frspec", "eagle3", "mtp")
+SOURCES = ("lookup", "model", "eagle2", "frspec", "eagle3", "mtp", "bita")
 KINDS = [
     pytest.param((backend, kind), id=f"{backend}-{kind}", marks=marks)
     for backend, marks in (
@@ -51,7 +53,8 @@ class Helped:
 
     def __init__(self, inner: Drafts, known: dict[tuple[int, ...], list[int]]) -> None:
         self.name, self.vocab_size = inner.name, inner.vocab_size
-        self.feature_layers, self.inner, self.known = inner.feature_layers, inner, known
+        self.feature_layers, self.inputs = inner.feature_layers, inner.inputs
+        self.inner, self.known = inner, known
         self.own = 0  # guesses that the source made itself
 
     def start(self, request: Request) -> HelpedDrafter:
@@ -65,10 +68,12 @@ class HelpedDrafter:
 
     def propose(self, history: np.ndarray, rows: int) -> Tree:
         tree = self.inner.propose(history, rows)
-        assert len(tree) <= rows, "a tree larger than was asked for"
-        self.owner.own += len(tree)
+        guesses = len(tree.guesses(VOCAB))
+        assert guesses <= rows, "a tree larger than was asked for"
+        self.owner.own += guesses
         at = len(history) - len(self.prompt)
         right = self.owner.known[self.prompt][at : at + self.noise.integers(0, 5)]
+        right = right[: MAX_ROWS - 1 - len(tree)]
         parents = np.where(tree.parents < 0, -1, tree.parents + len(right))
         return Tree(
             np.concatenate([np.array(right, np.int64), tree.tokens]),
@@ -77,6 +82,10 @@ class HelpedDrafter:
 
     def accepted(self, tokens: np.ndarray, features: np.ndarray | None) -> None:
         self.inner.accepted(tokens, features)
+
+    def verified(self, tree: Tree, logits: np.ndarray, path: list[int]) -> None:
+        if isinstance(self.inner, Asking):
+            self.inner.verified(tree, logits, path)
 
     def close(self) -> None:
         self.inner.close()
@@ -146,6 +155,9 @@ class Setting:
         if name == "model":
             return ModelDrafts(self.load(self.near, capacity=4 * CONTEXT))
         executor = self.executor
+        if name == "bita":
+            rows = executor.embed_rows(np.array([5, 17, 40, 90]))
+            return Bita(SoftTokens(replace(self.config, sparse=None), rows, prompts=1))
         head = Head(
             _random_head(name, self.config), self.config, embed=executor.embed_rows,
             rows=executor.head_rows, context=CONTEXT,
@@ -224,6 +236,7 @@ class Watching:
 
     def __init__(self, inner: Drafts, layers: tuple[int, ...]) -> None:
         self.name, self.feature_layers, self.inner = "watching", layers, inner
+        self.inputs = inner.inputs
         self.shown: list[tuple[tuple[int, ...], list, list]] = []
 
     def start(self, request: Request) -> HelpedDrafter:

@@ -17,13 +17,15 @@ from endside.data.loader import Windows
 from endside.data.pack import open_packed
 from endside.engine.drafts.eagle import HeadDrafter
 from endside.engine.drafts.head import Head
+from endside.engine.executors.torch import TorchExecutor
 from endside.errors import UserError
-from endside.formats import draft_head
+from endside.formats import draft_head, draft_soft
+from endside.formats.draft_soft import SoftTokens
 from endside.log import read_metrics
 from endside.model.draft import KINDS
 from endside.model.transformer import Transformer
 from endside.native.packed import pack
-from endside.train import draft, pretrain
+from endside.train import bita, draft, pretrain
 from endside.train.draft import DraftConfig
 from endside.train.optim import OptimConfig
 from endside.train.pretrain import PretrainConfig
@@ -182,6 +184,9 @@ def test_bad_wishes_are_refused(
         ({"bits": "int4", "group": 48}, "group is 48"),
         ({"seq_len": 4}, "leaves no guess of 3 steps"),
         ({"keep": 5}, "keep cuts eagle3"),
+        ({"kind": "bita", "bits": "int4"}, "no head to cut or round"),
+        ({"kind": "bita", "prompts": -1}, "prompts -1 and unroll 3"),
+        ({"kind": "bita", "prompts": 61}, "at most 63 soft tokens"),
     ]:
         with pytest.raises(UserError, match=message):
             chosen(**wrong)
@@ -197,3 +202,47 @@ def test_bad_wishes_are_refused(
         cut = chosen(kind="eagle3", ranking=str(tmp_path / "f.npy"), keep=10)
         with pytest.raises(UserError, match="ranks 9 tokens"):
             draft.train(cut, target, packed, run)
+
+
+def test_soft_tokens_learn_and_run_as_they_were_measured(
+    target: Transformer, shards: Path, open_run: Callable[..., Any]
+) -> None:
+    """The frozen model guesses ahead; asked through an executor it says what was measured."""
+    before = [one.clone() for one in target.parameters()]
+    cfg = chosen(kind="bita", optim=OptimConfig(learning_rate=0.3))
+    with open_run("bita") as run:
+        folder = draft.train(cfg, target, open_packed(shards), run)
+        measured = lengths(run.path)
+        losses = [one["loss_1"] for one in read_metrics(run.path / "metrics.jsonl")
+                  if "loss_1" in one]  # fmt: skip
+    assert measured[-1] > 1.2 and losses[-1] < losses[0] / 3, (measured, losses)
+    assert all(torch.equal(old, new) for old, new in zip(before, target.parameters(), strict=True))
+    soft = draft_soft.read(Checkpoint.open(folder))
+    assert (soft.prompts, soft.masks) == (1, 3)
+    executor = TorchExecutor(target, context=256)
+    executor.set_inputs(soft.rows)
+    windows = Windows(open_packed(shards), "heldout", cfg.seq_len)
+    looked_at = min(cfg.eval_rows, len(windows))
+    kept = roots = 0
+    for start in range(0, looked_at, cfg.batch):
+        numbers = [one * len(windows) // looked_at for one in range(looked_at)]
+        batch = windows.stack(numbers[start : start + cfg.batch])
+        places = bita.ask(bita.make(cfg, target), target, batch).places.tolist()
+        for text, owners in zip(batch.tokens.numpy(), batch.documents.numpy(), strict=True):
+            for place in places:
+                first = place - int((owners[:place] == owners[place]).sum())
+                kept += _right(executor, text[first:], place - first, soft)
+                roots += 1
+    assert 1 + kept / roots == pytest.approx(measured[-1], abs=0.03)
+
+
+def _right(executor: TorchExecutor, text: np.ndarray, place: int, soft: SoftTokens) -> int:
+    """How many masks behind the token at `place` guess the text's own tokens, in a row."""
+    seq = executor.open(len(text) + len(soft.rows))
+    if place:
+        executor.prefill(seq, text[:place], logits="none")
+    chain = [text[place], *range(executor.vocab_size, executor.vocab_size + len(soft.rows))]
+    logits = executor.verify(seq, np.array(chain), np.arange(len(chain), dtype=np.int32) - 1)
+    executor.close(seq)
+    guessed = logits[1 + soft.prompts :].argmax(1)
+    return int(np.cumprod(guessed == text[place + 2 : place + 2 + soft.masks]).sum())

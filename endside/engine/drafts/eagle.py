@@ -25,6 +25,7 @@ class Heads:
         self.name = head.kind
         self.vocab_size = head.config.vocab_size
         self.feature_layers = head.feature_layers
+        self.inputs: np.ndarray | None = None
         self.head, self.depth, self.width = head, depth, width
 
     def start(self, request: Request) -> HeadDrafter:

@@ -31,6 +31,7 @@ class Lookup:
     name = "lookup"
     vocab_size = None
     feature_layers: tuple[int, ...] = ()
+    inputs: np.ndarray | None = None
 
     def start(self, request: Request) -> LookupDrafter:
         """A drafter that knows the prompt and what is answered."""

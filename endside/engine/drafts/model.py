@@ -33,6 +33,7 @@ class ModelDrafts:
     """Implements `Drafts` with an executor of its own."""
 
     feature_layers: tuple[int, ...] = ()
+    inputs: np.ndarray | None = None
 
     def __init__(self, executor: Executor, *, depth: int = DEPTH, width: int = WIDTH) -> None:
         self.name, self.vocab_size = "model", executor.vocab_size

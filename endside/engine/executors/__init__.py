@@ -60,7 +60,7 @@ class Plan:
     capacity: int | None = None  # tokens of all running requests together; None: one context
     threads: int | None = None  # CPU threads; None: native: one per core, torch: its choice
     max_batch: int = 8  # requests that run at once
-    draft: str = "auto"  # guesses: none, lookup, a folder (head, smaller model); auto: lookup
+    draft: str = "auto"  # guesses: none, lookup, mtp, bita, a folder (head, model); auto: lookup
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():

@@ -204,6 +204,10 @@ class NativeExecutor:
         """The rows of the last call, as `feature_layers` asks -> (T, F) float32."""
         return self._features[seq]
 
+    def set_inputs(self, rows: np.ndarray) -> None:
+        """Tokens vocab_size, vocab_size + 1, … enter the first layer as rows (I, C)."""
+        self.model.set_inputs(rows)
+
     def embed_rows(self, tokens: np.ndarray) -> np.ndarray:
         """tokens (T,) -> what enters the first layer (T, C) float32."""
         rows = self._embed[tokens]

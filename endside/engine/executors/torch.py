@@ -110,6 +110,7 @@ class TorchExecutor:
         self.config, self.vocab_size = model.config, model.config.vocab_size
         self.feature_layers: tuple[int, ...] = ()
         self._features: dict[int, np.ndarray] = {}
+        self._inputs: torch.Tensor | None = None
         self._drafts: dict[int, torch_tree.Draft] = {}
         self.context = context
         self.cache = Cache(model.config, tokens=capacity or context, dtype=dtype, device=device)
@@ -220,6 +221,11 @@ class TorchExecutor:
         """The rows of the last call, as `feature_layers` asks -> (T, F) float32."""
         return self._features[seq]
 
+    def set_inputs(self, rows: np.ndarray) -> None:
+        """Tokens vocab_size, vocab_size + 1, … enter the first layer as rows (I, C)."""
+        dtype = next(self.model.parameters()).dtype
+        self._inputs = torch.tensor(rows, dtype=dtype, device=self.device)
+
     @torch.inference_mode()
     def embed_rows(self, tokens: np.ndarray) -> np.ndarray:
         """tokens (T,) -> what enters the first layer (T, C) float32."""
@@ -293,7 +299,7 @@ class TorchExecutor:
     def _forward(self, seqs: list[int], tokens: np.ndarray) -> torch.Tensor:
         """tokens (B, T) int64 appended to `seqs` -> hidden (B, T, C)."""
         ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(self.device)
-        return self._run(Batch(tokens=ids, seqs=tuple(seqs)))
+        return self._run(Batch(tokens=ids, seqs=tuple(seqs), inputs=self._inputs))
 
     def _run(self, batch: Batch) -> torch.Tensor:
         """hidden (B, T, C) of a batch; the features that are asked for are kept by sequence."""

@@ -182,6 +182,15 @@ class BoundModel {
     model_.copy_chunk(source, target);
   }
 
+  // rows (I, width): what tokens behind the vocabulary are
+  void set_inputs(Array<const float, 2> rows) {
+    if (static_cast<int64_t>(rows.shape(1)) != shape_.width) {
+      throw std::invalid_argument("inputs: must be as wide as the model");
+    }
+    model_.set_inputs(rows.data(), static_cast<int64_t>(rows.shape(0)));
+    inputs_ = rows;
+  }
+
   // The bytes of a chunk where they lie; the array keeps this model alive.
   nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> chunk(int32_t index) {
     return {model_.chunk(index), {model_.chunk_size()}, nb::find(this)};
@@ -202,6 +211,7 @@ class BoundModel {
   }
 
   Keep keep_;
+  Array<const float, 2> inputs_;  // what set_inputs was given, kept alive
   Shape shape_;
   Model model_;
 };
@@ -237,6 +247,7 @@ void bind_model(nb::module_& module) {
       .def("accept", &BoundModel::accept, nb::arg("index"), nb::arg("rows").noconvert())
       .def("copy_chunk", &BoundModel::copy_chunk, nb::arg("source"), nb::arg("target"))
       .def("chunk", &BoundModel::chunk, nb::arg("index"))
+      .def("set_inputs", &BoundModel::set_inputs, nb::arg("rows").noconvert())
       .def("set_timing", &BoundModel::set_timing, nb::arg("on"))
       .def("timing", &BoundModel::timing);
   module.def("memory", &memory, nb::arg("shape"), nb::arg("weights"), nb::arg("sparse"),

@@ -69,7 +69,8 @@ void Model::State::check(const Request& request) const {
   if (tokens > limits.context) refuse("tokens " + of(tokens, limits.context));
   for (int64_t row = 0; row < span.rows; ++row) {
     const int32_t token = request.tokens[row];
-    if (token < 0 || token >= shape.vocab) refuse("token " + of(token, shape.vocab));
+    const int64_t known = shape.vocab + weights.input_count;
+    if (token < 0 || token >= known) refuse("token " + of(token, known));
   }
   for (int64_t i = 0; i * CHUNK < tokens; ++i) {
     const int32_t chunk = span.table.chunks[i];
@@ -190,6 +191,13 @@ uint8_t* Model::chunk(int32_t index) {
     throw std::invalid_argument("chunk: no such chunk");
   }
   return state_->cache.base + static_cast<size_t>(index) * chunk_size();
+}
+
+void Model::set_inputs(const float* rows, int64_t count) {
+  State& state = *state_;
+  std::lock_guard<std::mutex> one_at_a_time(state.busy);
+  state.weights.inputs = rows;
+  state.weights.input_count = count;
 }
 
 size_t Model::chunk_size() const { return endside::chunk_bytes(state_->cache.shape); }

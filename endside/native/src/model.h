@@ -28,6 +28,8 @@ struct Weights {  // views; the caller keeps the memory alive
   SourceType embed_type = SourceType::bf16;
   const void* embed = nullptr;   // (V, C) plain rows, or null: rows of embed_packed are unpacked
   Linear embed_packed;
+  const float* inputs = nullptr;  // (I, C) what enters the first layer for tokens V .. V + I - 1,
+  int64_t input_count = 0;        // which can be read and never be written
   std::vector<Layer> layers;
   const float* final_norm = nullptr;
   Linear head;                   // (V, C)
@@ -77,6 +79,8 @@ class Model {
   // After a tree: keep these rows (root to leaf) of request `index` of the last forward.
   void accept(int64_t index, const int32_t* rows, int64_t count);
   void copy_chunk(int32_t source, int32_t target);
+  // Tokens behind the vocabulary: rows (count, C), which the caller keeps alive.
+  void set_inputs(const float* rows, int64_t count);
   // The bytes of one chunk, chunk_size() of them: to be read or filled between calls.
   uint8_t* chunk(int32_t index);
   size_t chunk_size() const;

@@ -180,6 +180,11 @@ std::vector<std::string> Model::plan(const Shape& shape, const Weights& weights,
 
 void embed_row(const Weights& weights, const Shape& shape, int32_t token, float* out) {
   const int64_t width = shape.width, first = token * width;
+  if (token >= shape.vocab) {
+    const float* row = weights.inputs + (token - shape.vocab) * width;
+    std::copy(row, row + width, out);
+    return;
+  }
   if (!weights.embed) {
     unpack_row(weights.embed_packed, token, out);
   } else if (weights.embed_type == SourceType::f32) {

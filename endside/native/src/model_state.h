@@ -83,7 +83,7 @@ struct Model::State {
   int64_t tree_stride() const { return limits.trees * shape.kv_heads * shape.head_dim; }
 
   const Shape shape;
-  const Weights weights;
+  Weights weights;  // only `inputs` ever changes
   const AttentionShape attention;
   const Limits limits;
   const Isa isa;

@@ -34,6 +34,13 @@ def attend(
     return torch.cat([_tile(*heads, start=start) for start in range(0, new, TILE)], dim=1)
 
 
+def attend_seen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor
+) -> torch.Tensor:
+    """q (B, T, H, D), k and v (B, S, G, D), seen (B, T, S) bool -> (B, T, H, D)."""
+    return _fused(*(x.transpose(1, 2) for x in (q, k, v)), seen=seen[:, None])
+
+
 def _tile(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, start: int) -> torch.Tensor:
     """Queries start .. start + TILE of q (B, H, T, D) over their own past -> (B, t, H, D)."""
     stop = min(start + TILE, q.shape[2])
