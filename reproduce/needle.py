@@ -38,7 +38,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,7 @@ from endside.train.losses import Loss
 from endside.train.optim import OptimConfig
 from endside.train.run_folder import RunFolder
 from endside.train.schedule import ScheduleConfig
+from endside.train.spikes import SpikeConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NEEDLES = 8  # asked in a test row, one per depth
@@ -194,6 +195,9 @@ class Stage:
     checkpoint_every: int = 0
     checkpoint_seconds: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
+    ema: float = 0.0
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    tensorboard: bool = False
 
 
 class Haystacks:

@@ -91,7 +91,7 @@ def low_bits(base: PretrainConfig, steps: int, start: str, rate: float, seed: in
         ),
         "optim": OptimConfig(learning_rate=rate),
     }  # fmt: skip
-    return QatConfig(**values, start=start, kind="ternary", group=GROUP)
+    return QatConfig(**values, init_from=start, kind="ternary", group=GROUP)
 
 
 def train(cfg: PretrainConfig, folder: Path) -> float:

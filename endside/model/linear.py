@@ -17,12 +17,13 @@ MakeLinear = Callable[[int, int], nn.Module]  # (inputs, outputs) -> a projectio
 
 
 class Linear(nn.Module):
-    """y = x W^T with a plain weight (out, in)."""
+    """y = x W^T with a plain weight (out, in); `product` computes it, and may do so in FP8."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.product = linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out)."""
-        return linear(x, self.weight)
+        return self.product(x, self.weight)

@@ -83,19 +83,24 @@ class Transformer(nn.Module):
         return torch.where((tokens < self.config.vocab_size)[..., None], known, inputs[behind])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., C) after the final norm -> logits (..., V) in float32."""
+        """hidden (..., C) after the final norm -> logits (..., V) in float32 (float64 stays)."""
         scaled = hidden / self.config.logit_divisor
-        if self.config.tie_word_embeddings:
-            return linear(scaled, self.embed_tokens.weight).float()
-        return self.lm_head(scaled).float()
+        tied = self.config.tie_word_embeddings
+        logits = linear(scaled, self.embed_tokens.weight) if tied else self.lm_head(scaled)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def predict_further(
         self, hidden: torch.Tensor, next_tokens: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
         """hidden (B, T, C), next_tokens (B, T) -> logits (B, T, V) of the token after the next."""
+        return self.logits(self.look_further(hidden, next_tokens, batch))
+
+    def look_further(
+        self, hidden: torch.Tensor, next_tokens: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """hidden (B, T, C), next_tokens (B, T) -> the MTP layer's states (B, T, C)."""
         rope = self.rope(self._positions(batch, None))
-        further = self.mtp(hidden, self.embed(next_tokens), rope, batch)
-        return self.logits(further)
+        return self.mtp(hidden, self.embed(next_tokens), rope, batch)
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions (B, T) -> cos and sin, each (B, T, 1, D/2) float32."""

@@ -65,10 +65,11 @@ class FakeLinear(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.product = linear  # of activations and rounded weights; training may fill in FP8's
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out)."""
-        return linear(x, _StraightThrough.apply(self.weight, self.scheme))
+        return self.product(x, _StraightThrough.apply(self.weight, self.scheme))
 
 
 def fake_transformer(config: ModelConfig, scheme: Scheme) -> Transformer:

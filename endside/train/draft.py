@@ -43,6 +43,7 @@ from endside.train.losses import Loss, LossFn, model_batch
 from endside.train.optim import OptimConfig
 from endside.train.run_folder import RunFolder
 from endside.train.schedule import ScheduleConfig, check
+from endside.train.spikes import SpikeConfig
 
 DECAY = 0.8  # weight of a step's loss over the one before
 
@@ -89,6 +90,8 @@ class DraftConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     # bita's few rows learn well with 0.1 to 0.3
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=0.005))
+    ema: float = 0.0  # decay of a running average of the weights; 0: none is kept
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "seq_len", "eval_rows", "unroll"):

@@ -2,31 +2,31 @@
 
     for step in start + 1 .. steps:
         gradient of sum(losses) over `accumulate` batches, divided by the number of targets
-        stop if loss or norm is not finite; clip; AdamW with the schedule's share
+        stop, or rewind, where loss or norm is no number or a spike (`spikes.py`)
+        clip; AdamW with the schedule's share; move the average of the weights (`ema.py`)
         write the record; evaluate; write a checkpoint
 
 Pre-training, fine-tuning and quantization-aware training differ in the three arguments `batches`,
 `loss_fn` and `evaluate`. Everything that influences a later step (parameters, moments, reader
-position, random states) is in the checkpoint and nothing else is, so a run that was killed ends as
-one that was not: bit for bit on a CPU with the same number of threads. Loss and norm are read back
-every step, because the check for NaN must come before the step spoils the weights.
+position, random states, recent losses) is in the checkpoint and nothing else is, so a run that was
+killed ends as one that was not: bit for bit on a CPU with the same number of threads. Loss and norm
+are read back every step, because the check for NaN must come before the step spoils the weights.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from endside.data.loader import TokenBatch
 from endside.errors import UserError
+from endside.train.ema import Averages
 from endside.train.losses import LossFn
 from endside.train.optim import (
     OptimConfig,
@@ -36,8 +36,10 @@ from endside.train.optim import (
     state_tensors,
 )
 from endside.train.parallel import ALONE, Team, local, placed
+from endside.train.precision import Precision, Products
 from endside.train.run_folder import RunFolder, Saved
 from endside.train.schedule import ScheduleConfig, phase, share
+from endside.train.spikes import SpikeConfig, Spikes
 from endside.train.watch import Watch
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
@@ -61,9 +63,11 @@ class LoopConfig(Protocol):
     checkpoint_every: int  # steps; 0: by time only
     checkpoint_seconds: float  # 0: by steps only
     tensorboard: bool  # whether records go there too
-    precision: Literal["float32", "bfloat16"]  # of the products; weights and moments stay float32
+    precision: Precision  # of the products; weights and moments stay float32
+    ema: float  # decay of the running average of the weights; 0: none is kept
     schedule: ScheduleConfig
     optim: OptimConfig
+    spikes: SpikeConfig
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,18 @@ class _Step:
     targets: int
     shape: list[int]  # rows of all its batches, positions of a row
     parts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Training:
+    """All that changes from step to step and is saved, and the processes that share it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    averages: Averages | None
+    spikes: Spikes
+    team: Team
 
 
 def loop(
@@ -95,17 +111,26 @@ def loop(
     evaluate(model) -> numbers to log, every `cfg.eval_every` steps and after the last one. Raises
     UserError when the loss stops being a number; the last checkpoint is then still good.
     """
+    averages = Averages(model, cfg.ema) if cfg.ema else None
     optimizer = make_optimizer(model, cfg.optim)
-    start, tokens = _resume(model, optimizer, batches, run, team)
-    run.begin(start)
-    clock = Watch(cfg, run, start, model, processes=team.world.size)
+    training = _Training(model, optimizer, batches, averages, Spikes(cfg.spikes), team)
+    step, tokens = _resume(training, run)
+    run.begin(step)
+    clock = Watch(cfg, run, step, model, processes=team.world.size)
+    products = Products(model, cfg.precision, note=run.progress.note)
     model.train()
-    for step in range(start + 1, cfg.steps + 1):
+    while step < cfg.steps:
+        step += 1
         rate = share(step, cfg.steps, cfg.schedule)
         set_share(optimizer, rate)
-        done = _optimise(model, optimizer, batches, loss_fn, cfg=cfg, team=team)
-        _check_finite(done, step, run)
+        done = _optimise(training, products, loss_fn, cfg)
+        trouble = training.spikes.look(done.loss, done.gradient_norm, done.parts)
+        if trouble:
+            step, tokens = _rewind(training, run, step=step, trouble=trouble)
+            continue
         optimizer.step()
+        if averages is not None:
+            averages.update(model)
         tokens += done.targets
         record = {
             "loss": done.loss, "learning_rate": cfg.optim.learning_rate * rate,
@@ -114,41 +139,78 @@ def loop(
         clock.tick(step, record, targets=done.targets, shape=done.shape)
         last = step == cfg.steps
         if evaluate and (last or (cfg.eval_every and step % cfg.eval_every == 0)):
-            with _products(cfg, next(model.parameters()).device):
-                clock.evaluated(step, evaluate(model))
+            with products.exact():
+                clock.evaluated(step, _evaluate(model, evaluate, averages))
             team.settle(model)
         # The main process's clock decides for all.
         if last or team.agree(partial(clock.checkpoint_due, step)):
             state = {"tokens": tokens, "phase": phase(step, cfg.steps, cfg.schedule)}
-            _save(model, optimizer, batches, run, step=step, state=state, team=team)
+            _save(training, run, step=step, state=state)
             clock.saved()
+    products.remove()
     clock.close()
 
 
-def _resume(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
-    run: RunFolder,
-    team: Team,
-) -> tuple[int, int]:
+def _evaluate(model: nn.Module, evaluate: Evaluate, averages: Averages | None) -> dict[str, float]:
+    """The numbers of `evaluate`, and with an average of the weights also its, as ema_..."""
+    values = evaluate(model)
+    if averages is not None:
+        with averages.in_place(model):
+            values = {**values, **{f"ema_{k}": v for k, v in evaluate(model).items()}}
+    return values
+
+
+def _resume(training: _Training, run: RunFolder) -> tuple[int, int]:
     """Put the newest checkpoint into everything; its step and tokens, or zeros without one."""
-    saved = team.agree(run.latest)
+    saved = training.team.agree(run.latest)
     if saved is None:
         return 0, 0
-    load_model(model, saved)
-    load_state_tensors(optimizer, saved.tensors("optimizer"))
-    state = saved.state
+    _load(training, saved)
+    batches, state = training.batches, saved.state
     if saved.foreign and not batches.fits(state["data"]):
         run.progress.note(
             f"{saved.folder} read other data: this branch starts its own from the beginning"
         )
     else:
         batches.restore(state["data"])
-    _restore_random(saved)
     verb = "branching from" if saved.foreign else "resuming from"
     run.progress.note(f"{verb} {saved.folder}")
     return saved.step, state["tokens"]
+
+
+def _load(training: _Training, saved: Saved) -> None:
+    """Put everything but the reader's position where the checkpoint has it."""
+    load_model(training.model, saved)
+    load_state_tensors(training.optimizer, saved.tensors("optimizer"))
+    if training.averages is not None:
+        training.averages.load(saved.tensors("ema") if saved.has("ema") else training.model)
+    training.spikes.restore(saved.state.get("spikes", {}))
+    _restore_random(saved)
+
+
+def _rewind(training: _Training, run: RunFolder, *, step: int, trouble: str) -> tuple[int, int]:
+    """Back to the newest checkpoint, while the reader stays behind what led to the trouble.
+
+    The batches read since that checkpoint are thereby skipped. A run that dies before its next
+    checkpoint comes the same way again: same batches, same trouble, same rewind.
+    """
+    training.spikes.count_rewind(trouble, step, run.path)
+    saved = training.team.agree(run.latest)
+    if saved is None or saved.foreign:
+        raise UserError(
+            f"{trouble} at step {step} of {run.path}, and there is no checkpoint yet to rewind to: "
+            "lower optim.learning_rate, lengthen schedule.warmup or lower checkpoint_every"
+        )
+    rewinds = training.spikes.rewinds
+    _load(training, saved)
+    training.spikes.rewinds = rewinds
+    run.progress.note(
+        f"{trouble} at step {step}: rewound to step {saved.step} (rewind {rewinds} of at most "
+        f"{training.spikes.config.max_rewinds}), skipping the batches read since"
+    )
+    run.begin(saved.step)
+    run.metrics.append(saved.step + 1, {"rewound_from": step, "because": trouble})
+    return saved.step, saved.state["tokens"]
 
 
 def load_model(model: nn.Module, saved: Saved) -> None:
@@ -166,22 +228,15 @@ def load_model(model: nn.Module, saved: Saved) -> None:
             tensor.copy_(placed(tensors[name], tensor))
 
 
-def _optimise(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
-    loss_fn: LossFn,
-    *,
-    cfg: LoopConfig,
-    team: Team,
-) -> _Step:
+def _optimise(training: _Training, products: Products, loss_fn: LossFn, cfg: LoopConfig) -> _Step:
     """Leave the clipped mean gradient of `cfg.accumulate` batches in the parameters."""
+    model, team = training.model, training.team
     device = next(model.parameters()).device
-    optimizer.zero_grad(set_to_none=True)
+    training.optimizer.zero_grad(set_to_none=True)
     losses = []
     for _ in range(cfg.accumulate):
-        with _products(cfg, device):
-            batch = next(batches).to(device)
+        with products.forward():
+            batch = next(training.batches).to(device)
             loss = loss_fn(model, batch)
         loss.total.backward()
         losses.append(loss)
@@ -201,41 +256,21 @@ def _optimise(
     return _Step(means.pop("loss"), norm.item(), int(targets), shape, means)
 
 
-def _products(cfg: LoopConfig, device: torch.device) -> Any:
-    if cfg.precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
-
-
-def _check_finite(done: _Step, step: int, run: RunFolder) -> None:
-    values = {"loss": done.loss, **done.parts, "gradient norm": done.gradient_norm}
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise UserError(
-                f"{name} is {value} at step {step} of {run.path}: training stopped before it could "
-                "spoil the weights; lower optim.learning_rate, lengthen schedule.warmup or look at "
-                "the data, and start a new run"
-            )
-
-
-def _save(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
-    run: RunFolder,
-    *,
-    step: int,
-    state: dict[str, Any],
-    team: Team,
-) -> None:
+def _save(training: _Training, run: RunFolder, *, step: int, state: dict[str, Any]) -> None:
     version, words, gauss = random.getstate()
+    team = training.team
     parts = {
-        "model": team.gather(model.state_dict()),
-        "optimizer": team.gather(state_tensors(optimizer)),
+        "model": team.gather(training.model.state_dict()),
+        "optimizer": team.gather(state_tensors(training.optimizer)),
         "rng": {"torch": torch.get_rng_state(), "python": torch.tensor(words), **_cuda_random()},
     }
+    if training.averages is not None:
+        parts["ema"] = team.gather(training.averages.tensors())
     if team.main:
-        state = {**state, "data": batches.state(), "python_random": [version, gauss]}
+        state = {
+            **state, "data": training.batches.state(), "spikes": training.spikes.state(),
+            "python_random": [version, gauss],
+        }  # fmt: skip
         run.save(step, parts, state)
 
 

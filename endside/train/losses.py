@@ -1,12 +1,14 @@
 """What is minimised: the next token, and with an MTP layer also the one after it.
 
-    loss = CE(logits_i, x_{i+1}) + weight * CE(mtp logits_i, x_{i+2})        (training spec, "MTP")
+    loss = CE(logits_i, x_{i+1}) + mtp_weight * CE(mtp logits_i, x_{i+2})    (training spec, "MTP")
+         + z_weight * mean(log Z_i ^ 2),  Z_i = sum_v exp(logits_iv)         (PaLM, 2204.02311)
 
-Each mean runs over the targets that count: a target in another document than its input does not,
-because nothing in the window tells which text comes next. A loss function has one signature,
-`loss_fn(model, batch) -> Loss`, so that the loop does not know what it trains. `Loss.total` is a
-sum over targets and the loop divides by their number over all accumulated batches, so that
-splitting a batch does not change the gradient, even where parts count different numbers of targets.
+The z term keeps the logits' level near zero, which cross entropy leaves free. Each mean runs over
+the targets that count: a target in another document than its input does not, because nothing in the
+window tells which text comes next. A loss function has one signature, `loss_fn(model, batch) ->
+Loss`, so that the loop does not know what it trains. `Loss.total` is a sum over targets and the
+loop divides by their number over all accumulated batches, so that splitting a batch does not change
+the gradient, even where parts count different numbers of targets.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ class LossConfig:
     """Weights of the terms, and how many logits exist at once."""
 
     mtp_weight: float = 0.3  # lambda; acts where the model has an MTP layer
+    z_weight: float = 0.0  # of the squared log normaliser of the main logits, such as 1e-4
     chunk: int = 0  # tokens whose logits are held at once, recomputed backward; 0: the whole batch
 
     def __post_init__(self) -> None:
-        if self.mtp_weight < 0 or self.chunk < 0:
+        if min(self.mtp_weight, self.z_weight, self.chunk) < 0:
             raise UserError(
-                f"loss.mtp_weight {self.mtp_weight} and loss.chunk {self.chunk} must be at least 0"
+                f"loss.mtp_weight {self.mtp_weight}, z_weight {self.z_weight} and chunk "
+                f"{self.chunk} must be at least 0"
             )
 
 
@@ -58,19 +62,32 @@ def next_token(config: LossConfig) -> LossFn:
         inputs = model_batch(batch)
         hidden = model(inputs)
         targets = shifted_targets(batch, 1)
-        mean = chunked(model.logits, hidden, targets, chunk=config.chunk)
         count = (targets != IGNORE).sum()
-        if model.mtp is None or config.mtp_weight == 0:
-            return Loss(mean * count, mean.detach(), count)
-
-        def further(hidden: torch.Tensor) -> torch.Tensor:
-            return model.predict_further(hidden, batch.tokens[:, 1:], inputs)
-
-        mtp = cross_entropy(further(hidden), shifted_targets(batch, 2))
-        total = (mean + config.mtp_weight * mtp) * count
-        return Loss(total, mean.detach(), count, {"mtp_loss": mtp.detach()})
+        term = _with_z if config.z_weight else cross_entropy
+        mean = chunked(model.logits, hidden, targets, chunk=config.chunk, term=term)
+        total, parts = mean, {}
+        if config.z_weight:
+            mean, z = mean.unbind()
+            total, parts["z_loss"] = mean + config.z_weight * z, z.detach()
+        if model.mtp is not None and config.mtp_weight:
+            further = model.look_further(hidden, batch.tokens[:, 1:], inputs)
+            later = shifted_targets(batch, 2)
+            mtp = chunked(model.logits, further, later, chunk=config.chunk)
+            total, parts["mtp_loss"] = total + config.mtp_weight * mtp, mtp.detach()
+        return Loss(total * count, mean.detach(), count, parts)
 
     return loss_fn
+
+
+def _with_z(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.stack((cross_entropy(logits, targets), square_of_log_z(logits, targets)))
+
+
+def square_of_log_z(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """logits (..., V) -> mean of log(sum exp logits)^2 over the targets that count."""
+    counted = targets != IGNORE
+    squares = logits.logsumexp(-1).square()
+    return torch.where(counted, squares, 0).sum() / counted.sum().clamp(min=1)
 
 
 def model_batch(batch: TokenBatch) -> Batch:
@@ -98,23 +115,27 @@ def shifted_targets(batch: TokenBatch, ahead: int) -> torch.Tensor:
     return targets
 
 
+Term = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits, targets) -> mean or means
+
+
 def chunked(
     logits: Callable[[torch.Tensor], torch.Tensor],
     hidden: torch.Tensor,
     targets: torch.Tensor,
     *,
     chunk: int,
+    term: Term = cross_entropy,
 ) -> torch.Tensor:
-    """Mean cross entropy of hidden (B, T, C), `chunk` tokens at a time; 0: all at once.
+    """Mean of `term` over hidden (B, T, C), `chunk` tokens at a time; 0: all at once.
 
     A chunk's logits are dropped and computed again in the backward pass: memory chunk x V instead
     of B T x V, for one more product with the head.
     """
     if chunk == 0:
-        return cross_entropy(logits(hidden), targets)
+        return term(logits(hidden), targets)
 
     def part(states: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(logits(states), goals) * (goals != IGNORE).sum()
+        return term(logits(states), goals) * (goals != IGNORE).sum()
 
     pieces = zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
     total = sum(checkpoint(part, *piece, use_reentrant=False) for piece in pieces)

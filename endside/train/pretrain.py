@@ -7,7 +7,8 @@ A configuration is one screen of TOML. `[model]` takes the fields of ModelConfig
 the fields that differ from it. The first start fixes the resolved configuration in the run folder;
 the same command again resumes. `attention = "sparse"` is the whole switch to InfLLM v2
 (`[model.sparse]` holds its sizes, and there are no new weights). `decay_from` anneals a stable
-checkpoint of another run over `schedule.decay` steps, and leaves that run alone.
+checkpoint of another run over `schedule.decay` steps; `init_from` begins a new stage with the
+weights of one, for example the long stage of `runs/long.toml`. Both leave that run alone.
 
 Same seed, data and threads: same losses, bit for bit on a CPU.
 """
@@ -32,17 +33,22 @@ from endside.data.pack import Packed
 from endside.data.prefetch import Prefetch
 from endside.data.source import DataConfig, heldout_windows, make_reader, open_sources
 from endside.errors import UserError
+from endside.model.block import Block
 from endside.model.config import ModelConfig
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
-from endside.train import parallel
+from endside.train import ema, parallel
 from endside.train import schedule as wsd
 from endside.train.loop import Evaluate, loop
 from endside.train.losses import LossConfig, next_token
 from endside.train.optim import OptimConfig
 from endside.train.parallel import ALONE, ParallelConfig, Team
+from endside.train.precision import Precision
 from endside.train.run_folder import RunFolder, read_checkpoint
 from endside.train.schedule import ScheduleConfig
+from endside.train.sparsity import visible_logged
+from endside.train.spikes import SpikeConfig
+from endside.train.start import start_from
 
 Export = Callable[[Transformer, Path], None]
 
@@ -60,7 +66,10 @@ class PretrainConfig:
     seq_len: int = 256  # tokens a row predicts
     seed: int = 0  # of the weights and of the reading order
     attention: Literal["dense", "sparse"] = "dense"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
+    checkpoint_activations: bool = False  # keep a block's input alone, compute the rest again
+    ema: float = 0.0  # decay of a running average of the weights; 0: none is kept
+    export: Literal["last", "ema"] = "last"  # which weights become the model
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None  # of the CPU; None: what PyTorch takes, then fixed for the run
     eval_every: int = 0  # steps; 0: only at the end
@@ -69,10 +78,12 @@ class PretrainConfig:
     checkpoint_seconds: float = 60.0  # 0: by steps only
     tensorboard: bool = False  # also write the records for TensorBoard, into the run folder
     decay_from: str = ""  # checkpoint of a stable run to anneal
+    init_from: str = ""  # checkpoint of a run, or a model folder, to take the first weights from
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "seq_len", "eval_rows"):
@@ -91,11 +102,29 @@ class PretrainConfig:
             raise UserError(
                 'attention is "sparse" but the model has no [model.sparse]: add its sizes'
             )
+        self._check_averages_and_starts()
         if not self.decay_from:
             wsd.check(self.steps, self.schedule)
         elif not self.schedule.decay:
             raise UserError(
                 "decay_from needs schedule.decay: give the number of steps to anneal over"
+            )
+
+    def _check_averages_and_starts(self) -> None:
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema is {self.ema}: it is a decay, from 0 (none) to below 1")
+        if self.export == "ema" and not self.ema:
+            raise UserError('export is "ema" but none is kept: set ema, for example to 0.999')
+        if self.decay_from and self.init_from:
+            raise UserError("decay_from continues a run and init_from begins one: give one of them")
+        if self.precision == "fp8" and self.parallel.tensor > 1:
+            raise UserError("precision fp8 multiplies whole matrices: use parallel.tensor = 1")
+        if self.spikes.on_spike == "rewind" and (
+            not self.checkpoint_every or self.checkpoint_seconds
+        ):
+            raise UserError(
+                'spikes.on_spike is "rewind": give checkpoint_every, and checkpoint_seconds = 0, '
+                "so that where it rewinds to does not depend on the clock"
             )
 
 
@@ -156,14 +185,17 @@ def main(
     with parallel.team(cfg.parallel, cfg.device) as team:
         cfg = team.agree(lambda: resolve(cfg, run))
         data = team.first(lambda: open_sources(cfg.data, cfg.model.vocab_size, run.progress))
-        team.agree(lambda: run.fix(cfg, free=("run", "tensorboard", "parallel")))
+        team.agree(lambda: run.fix(cfg, free=("run", "export", "tensorboard", "parallel")))
         with deterministic(cfg):
             model = team.spread(make(cfg), cfg.precision)
             reader = make_reader(data, cfg.data.bands, _loader(cfg, team), team.data)
             measure = heldout(data, cfg, team)
+            loss_fn = visible_logged(next_token(cfg.loss), shape(cfg).sparse)
             with Prefetch(reader) as batches:
-                loop(model, batches, next_token(cfg.loss), cfg, run, evaluate=measure, team=team)
+                loop(model, batches, loss_fn, cfg, run, evaluate=measure, team=team)
         model = whole_model(model, lambda: make(cfg), team)
+    if cfg.export == "ema" and run.main:
+        ema.put(model, run.latest().tensors("ema"))
     model.eval()
     if export is not None and run.main:
         export(model, run.path / "model")
@@ -207,9 +239,19 @@ def _branch(cfg: Config, run: RunFolder, before: Config | None) -> Config:
 
 
 def make_model(cfg: PretrainConfig) -> Transformer:
-    """The model with fresh muP weights drawn from `cfg.seed`."""
-    model = Transformer(shape(cfg))
-    model.init_weights(torch.Generator().manual_seed(cfg.seed))
+    """The model with the weights of `cfg.init_from`, or muP ones drawn from `cfg.seed`."""
+    return begin(Transformer(shape(cfg)), cfg)
+
+
+def begin(model: Transformer, cfg: PretrainConfig) -> Transformer:
+    """`model` as its first step finds it: weights, what it keeps for the backward pass, device."""
+    if cfg.init_from:
+        start_from(model, cfg.init_from)
+    else:
+        model.init_weights(torch.Generator().manual_seed(cfg.seed))
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = cfg.checkpoint_activations
     return model.to(cfg.device)
 
 
@@ -230,7 +272,7 @@ def heldout(data: Packed | Sequence[Source], cfg: PretrainConfig, team: Team = A
     groups = [rows[start : start + cfg.batch] for start in range(0, len(rows), cfg.batch)]
     each, rank = team.rows(cfg.batch), team.data.rank
     shares = [group[rank * each : (rank + 1) * each] for group in groups]
-    loss_fn = next_token(dataclasses.replace(cfg.loss, mtp_weight=0.0))
+    loss_fn = next_token(dataclasses.replace(cfg.loss, mtp_weight=0.0, z_weight=0.0))
 
     @torch.no_grad()
     def evaluate(model: nn.Module) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Quantization-aware training: from a high-precision checkpoint to a ternary or int4 model.
 
     endside pretrain runs/base.toml                      schedule.decay = 0: it stays stable
-    endside qat runs/ternary.toml start=runs/base/checkpoints/step_3000
+    endside qat runs/ternary.toml init_from=runs/base/checkpoints/step_3000
 
 BitCPM's recipe (MiniCPM4, arXiv 2506.07900): two stages under one budget of tokens. The first is
 the warm-up and the stable phase in high precision; the second has the blocks' projections in low
@@ -9,9 +9,9 @@ bits (`quant.ternary`), its learning rate re-warmed from zero to a peak of its o
 the first, and carries the decay. With 40 % of all tokens or more in the second stage the final loss
 comes close to that of training in low bits from the start.
 
-A configuration is one of pre-training with three more keys: `start`, `kind` and `group`. The
-optimizer starts fresh, since moments of the first stage belong to another function. Without `start`
-the training is in low bits from the beginning.
+A configuration is one of pre-training with two more keys, `kind` and `group`, and `init_from` names
+the first stage. The optimizer starts fresh, since moments of the first stage belong to another
+function. Without `init_from` the training is in low bits from the beginning.
 """
 
 from __future__ import annotations
@@ -21,23 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from endside.errors import UserError
-from endside.formats import hf
 from endside.model.transformer import Transformer
 from endside.quant.pack import Scheme
 from endside.quant.ternary import fake_transformer
 from endside.train import pretrain
 from endside.train.pretrain import Export, PretrainConfig
-from endside.train.run_folder import STATE, RunFolder, read_checkpoint
+from endside.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class QatConfig(PretrainConfig):
     """A run in low bits."""
 
-    start: str = ""  # checkpoint of a run, or a model folder; empty: from scratch
     kind: Literal["ternary", "int4"] = "ternary"
     group: int = 128  # weights per scale
 
@@ -56,12 +52,12 @@ def from_file(
     path: Path,
     overrides: Sequence[str] = (),
     *,
-    start: Path | None = None,
+    init_from: Path | None = None,
     decay_from: Path | None = None,
     export: Export | None = None,
 ) -> Path:
     """Run, or resume, the training that a TOML file describes; returns its run folder."""
-    extra = [f"start={start}"] if start else []
+    extra = [f"init_from={init_from}"] if init_from else []
     extra += [f"decay_from={decay_from}"] if decay_from else []
     cfg = pretrain.read_config(path, [*overrides, *extra], QatConfig)
     folder = Path(cfg.run) if cfg.run else Path(path).with_suffix("")
@@ -71,34 +67,10 @@ def from_file(
 
 
 def main(cfg: QatConfig, run: RunFolder, *, export: Export | None = None) -> Transformer:
-    """Train from the run's newest checkpoint, or from `cfg.start`; returns the model."""
+    """Train from the run's newest checkpoint, or from `cfg.init_from`; returns the model."""
     return pretrain.main(cfg, run, make=make_model, export=export)
 
 
 def make_model(cfg: QatConfig) -> Transformer:
-    """The model in its low-bit slots, with the weights of `cfg.start`, or fresh ones."""
-    model = fake_transformer(pretrain.shape(cfg), cfg.scheme)
-    if not cfg.start:
-        model.init_weights(torch.Generator().manual_seed(cfg.seed))
-        return model.to(cfg.device)
-    _copy(_weights(Path(cfg.start)), model, cfg.start)
-    return model.to(cfg.device)
-
-
-def _weights(start: Path) -> dict[str, torch.Tensor]:
-    if (start / STATE).is_file():
-        return read_checkpoint(start).tensors("model")
-    return dict(hf.load(start, dtype="float32").state_dict())
-
-
-def _copy(tensors: dict[str, torch.Tensor], model: Transformer, start: str) -> None:
-    """Copy by name; UserError names the first parameter that differs."""
-    own = model.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        shapes = [tuple(side[name].shape) if name in side else "absent" for side in (tensors, own)]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"start {start} is of another model: {name} is {shapes[0]} there and {shapes[1]} "
-                "here; use the model configuration it was trained with"
-            )
-    model.load_state_dict(tensors)
+    """The model in its low-bit slots, with the weights of `cfg.init_from`, or fresh ones."""
+    return pretrain.begin(fake_transformer(pretrain.shape(cfg), cfg.scheme), cfg)

@@ -58,8 +58,12 @@ class Saved:
     foreign: bool = False  # of another run, from which this one branches
 
     def tensors(self, part: str) -> dict[str, torch.Tensor]:
-        """The tensors of "model", "optimizer" or "rng", mapped from the disk."""
+        """The tensors of "model", "optimizer", "ema" or "rng", mapped from the disk."""
         return load_file(self.folder / f"{part}.safetensors")
+
+    def has(self, part: str) -> bool:
+        """Whether the run kept such tensors."""
+        return (self.folder / f"{part}.safetensors").is_file()
 
 
 def read_checkpoint(folder: Path) -> Saved:
@@ -193,6 +197,8 @@ class RunFolder:
             self.metrics = Metrics(Path(os.devnull))
             return
         path = self.path / "metrics.jsonl"
+        if self.metrics is not None:
+            self.metrics.close()
         keep_until(path, step)
         self.metrics = Metrics(path)
 

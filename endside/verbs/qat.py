@@ -17,10 +17,10 @@ class Qat:
     """Train in low bits; run it again to resume."""
 
     config: Positional[Path]
-    """The TOML file of the run: one of pretrain with start, kind (ternary, int4) and group."""
+    """The TOML file of the run: one of pretrain with kind (ternary, int4) and group."""
     overrides: Positional[tuple[str, ...]] = ()
     """key=value pairs that win over the file, such as optim.learning_rate=0.005."""
-    start: Path | None = None
+    init_from: Path | None = None
     """Begin with these weights: a checkpoint of a run, or a model folder."""
     decay_from: Path | None = None
     """Branch a decay run from this checkpoint of a stable run in low bits."""
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     run = qat.from_file(
         flags.config,
         flags.overrides,
-        start=flags.start,
+        init_from=flags.init_from,
         decay_from=flags.decay_from,
         export=export,
     )

@@ -24,6 +24,7 @@ from endside.train import pretrain, qat
 from endside.train.losses import LossConfig, model_batch, next_token
 from endside.train.pretrain import PretrainConfig
 from endside.train.qat import QatConfig
+from endside.train.run_folder import read_checkpoint
 from endside.train.schedule import ScheduleConfig
 from endside.verbs import qat as verb
 
@@ -40,12 +41,12 @@ def stable(cfg: PretrainConfig, open_run: Callable[..., Any]) -> Path:
 def low_bits(cfg: PretrainConfig, start: Path | str, **changes: Any) -> QatConfig:
     values = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
     values |= {"steps": 12, "schedule": ScheduleConfig(warmup=4, decay=4), "eval_every": 4}
-    return QatConfig(**{**values, "start": str(start), "group": 32, **changes})
+    return QatConfig(**{**values, "init_from": str(start), "group": 32, **changes})
 
 
 def test_it_begins_with_the_weights_of_the_checkpoint(cfg: PretrainConfig, stable: Path) -> None:
     model = qat.make_model(low_bits(cfg, stable))
-    plain = qat.read_checkpoint(stable).tensors("model")
+    plain = read_checkpoint(stable).tensors("model")
     assert {n: t.shape for n, t in plain.items()} == {
         n: t.shape for n, t in model.state_dict().items()
     }
@@ -58,7 +59,7 @@ def test_it_begins_with_the_weights_of_the_checkpoint(cfg: PretrainConfig, stabl
 
 def test_a_model_folder_is_a_start_too(cfg: PretrainConfig, stable: Path, tmp_path: Path) -> None:
     plain = pretrain.make_model(cfg)
-    plain.load_state_dict(qat.read_checkpoint(stable).tensors("model"))
+    plain.load_state_dict(read_checkpoint(stable).tensors("model"))
     hf.save(plain, tmp_path / "model", dtype="float32")
     ours, theirs = (qat.make_model(low_bits(cfg, s)) for s in (tmp_path / "model", stable))
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -110,9 +111,9 @@ def test_the_verb_packs_what_training_saw(
     chosen = low_bits(cfg, "", kind=kind)
     path = tmp_path / "run.toml"
     path.write_text(dump(chosen))
-    verb.main([str(path), "--start", str(stable), f"run={tmp_path / 'out'}"])
+    verb.main([str(path), "--init-from", str(stable), f"run={tmp_path / 'out'}"])
     assert str(tmp_path / "out" / "model") in capsys.readouterr().out
-    latent = qat.read_checkpoint(tmp_path / "out" / "checkpoints" / "step_12").tensors("model")
+    latent = read_checkpoint(tmp_path / "out" / "checkpoints" / "step_12").tensors("model")
     folder = Checkpoint.open(tmp_path / "out" / "model")
     scheme = Scheme.from_config(folder.config["quantization_config"])
     assert scheme == Scheme(kind, 32)
