@@ -64,6 +64,10 @@ class Message(TypedDict, total=False):
 Tools = Sequence[dict[str, Any]]
 
 
+class RewrittenError(UserError):
+    """The template writes an earlier turn differently once the conversation goes on."""
+
+
 def render(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
@@ -101,16 +105,22 @@ def render_for_training(
     *,
     tools: Tools | None = None,
     think: bool | None = None,
+    only_last: bool = False,
 ) -> tuple[list[int], list[int]]:
-    """Token ids and loss mask: 1 on what the assistant has to write, its end token included."""
+    """Token ids and loss mask: 1 on what the assistant has to write, its end token included.
+
+    only_last: of the last turn alone; the earlier ones may then be written differently here than
+    when they were answered, as they are when a model answers. Else that is a RewrittenError.
+    """
     chat = _Chat.of(tokenizer, messages, tools=tools, think=think, control=False)
     full = chat.text(len(messages), prompt=False)
     spans: list[tuple[int, int]] = []
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        last = turn == len(messages) - 1
+        if message["role"] != "assistant" or (only_last and not last):
             continue
         full, start = chat.after_prompt(turn, full)
-        done = full if turn == len(messages) - 1 else chat.text(turn + 1, prompt=False)
+        done = full if last else chat.text(turn + 1, prompt=False)
         end = len(done.rstrip())
         if not full.startswith(done[:end]) or end <= start:
             _unstable(turn)
@@ -390,7 +400,7 @@ def _shared(left: str, right: str) -> int:
 
 
 def _unstable(turn: int) -> NoReturn:
-    raise UserError(
+    raise RewrittenError(
         f"the chat template writes message {turn} differently once the conversation goes on, so no "
         "training text has the ids of its prompt: end the sample there, or give reasoning_content "
         "or think=False as the template expects"

@@ -25,6 +25,7 @@ VERBS = {
     "quantize": "make a checkpoint small: int4 or int8 by rtn, GPTQ or P-GPTQ",
     "pretrain": "train from tokens: CONFIG.toml [key=value ...]",
     "check": "muP coordinate check: does anything grow with the width?",
+    "sft": "fine-tune on conversations: CONFIG.toml [key=value ...]",
     "qat": "train a model in ternary or int4 weights: CONFIG.toml [key=value ...]",
     "draft": "speculation: count token frequencies (rank), train a draft head (train)",
     "plot": "loss curves of one or more runs as a PNG",

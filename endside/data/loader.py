@@ -30,15 +30,22 @@ PADDING = -1  # the document of tokens that are only there to fill a row
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """tokens (B, T + 1) int64; documents (B, T + 1) int64, numbered from 0 within each row."""
+    """tokens (B, T + 1) int64; documents (B, T + 1) int64, numbered from 0 within each row.
+
+    mask (B, T + 1) bool or None: tokens that are targets; None: all of them.
+    """
 
     tokens: torch.Tensor
     documents: torch.Tensor
+    mask: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The batch on another device."""
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
         return TokenBatch(
-            self.tokens.to(device, non_blocking=True), self.documents.to(device, non_blocking=True)
+            self.tokens.to(device, non_blocking=True),
+            self.documents.to(device, non_blocking=True),
+            mask,
         )
 
 

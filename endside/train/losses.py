@@ -5,10 +5,11 @@
 
 The z term keeps the logits' level near zero, which cross entropy leaves free. Each mean runs over
 the targets that count: a target in another document than its input does not, because nothing in the
-window tells which text comes next. A loss function has one signature, `loss_fn(model, batch) ->
-Loss`, so that the loop does not know what it trains. `Loss.total` is a sum over targets and the
-loop divides by their number over all accumulated batches, so that splitting a batch does not change
-the gradient, even where parts count different numbers of targets.
+window tells which text comes next; nor does one that the batch's mask leaves out, such as a user's
+words. A loss function has one signature, `loss_fn(model, batch) -> Loss`, so that the loop does not
+know what it trains. `Loss.total` is a sum over targets and the loop divides by their number over
+all accumulated batches, so that splitting a batch does not change the gradient, even where parts
+count different numbers of targets.
 """
 
 from __future__ import annotations
@@ -105,13 +106,17 @@ def _positions(documents: torch.Tensor) -> torch.Tensor:
 
 
 def shifted_targets(batch: TokenBatch, ahead: int) -> torch.Tensor:
-    """(B, T): the token `ahead` of each input; IGNORE where the window or its document ends."""
+    """(B, T): the token `ahead` of each input; IGNORE where the window or its document ends.
+
+    With `batch.mask`, only tokens that it marks are targets.
+    """
     length = batch.tokens.shape[1] - 1
     targets = torch.full_like(batch.tokens[:, :length], IGNORE)
     own, later = batch.documents[:, : length + 1 - ahead], batch.documents[:, ahead:]
-    targets[:, : length + 1 - ahead] = torch.where(
-        (own == later) & (own != PADDING), batch.tokens[:, ahead:], IGNORE
-    )
+    wanted = (own == later) & (own != PADDING)
+    if batch.mask is not None:
+        wanted = wanted & batch.mask[:, ahead:]
+    targets[:, : length + 1 - ahead] = torch.where(wanted, batch.tokens[:, ahead:], IGNORE)
     return targets
 
 

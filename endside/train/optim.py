@@ -3,7 +3,7 @@
 With m = hidden_size / dim_model_base (training spec, "muP"; arXiv 2203.03466, table 8, Adam):
 
     hidden matrices   every 2-D weight of the blocks, MTP's too      learning_rate / m, weight decay
-    head              an untied output matrix                        learning_rate,     weight decay
+    head              an untied output matrix, LoRA's B              learning_rate,     weight decay
     plain             embedding (and the head tied to it), norms     learning_rate,     no decay
 
 The logits are already divided by m in the forward pass, so the head needs no rate of its own. The
@@ -53,7 +53,8 @@ def group_of(name: str, parameter: torch.Tensor) -> Group:
     """Which muP group a parameter of the Transformer belongs to, from its exact name and rank."""
     if parameter.dim() < 2 or name == "embed_tokens.weight":
         return "plain"
-    return "head" if name == "lm_head.weight" else "hidden"
+    whole = name == "lm_head.weight" or name.endswith(".lora_b")
+    return "head" if whole else "hidden"
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
