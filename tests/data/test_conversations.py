@@ -271,7 +271,7 @@ def example(tokens: list[int], source: int = 0) -> Example:
 def test_a_row_keeps_its_examples_apart() -> None:
     batch = stack([[example([5, 6, 7]), example([8, 9])]], 6, filler=1)
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 1, 1]]
-    assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 2, 2]]
+    assert batch.documents.tolist() == [[0, 0, 0, 1, 1, -1, -1]]
     assert batch.mask.int().tolist() == [[0, 1, 1, 0, 1, 0, 0]]
 
 

@@ -199,7 +199,7 @@ def test_other_conversations_do_not_resume(
     run = open_run()
     sft.main(cfg, run)
     mine.write_text("".join(lines[:-3]))
-    with pytest.raises(UserError, match="the checkpoint read conversations with data"):
+    with pytest.raises(UserError, match="the checkpoint read data with data"):
         sft.main(cfg, run)
 
 
