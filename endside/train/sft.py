@@ -47,16 +47,19 @@ from endside.formats.hf_config import Attention
 from endside.model.config import ModelConfig
 from endside.model.transformer import Transformer
 from endside.tokenizer import Tokenizer
-from endside.train import lora, parallel
+from endside.train import ema, lora, parallel
 from endside.train import schedule as wsd
 from endside.train.loop import Evaluate, loop
 from endside.train.lora import LoraConfig
 from endside.train.losses import LossConfig, next_token
 from endside.train.optim import OptimConfig
 from endside.train.parallel import ParallelConfig, Team
+from endside.train.precision import Precision
 from endside.train.pretrain import deterministic, whole_model
 from endside.train.run_folder import STATE, RunFolder, read_checkpoint
 from endside.train.schedule import ScheduleConfig
+from endside.train.sparsity import visible_logged
+from endside.train.spikes import SpikeConfig
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,15 @@ class SftConfig:
     run: str = ""  # run folder; empty: the configuration's path without its suffix
     tokenizer: str = ""  # folder of the tokenizer; empty: the one of `start`
     template: str = ""  # "chatml": ours; a jinja file; empty: the tokenizer's, else ours
-    batch: int = 8  # rows
+    batch: int = 8  # rows, of all processes together
     accumulate: int = 1  # batches per step
     seq_len: int = 1024  # tokens a row predicts
     seed: int = 0  # of the reading order, the mixture of thoughts and the adapters
     attention: Attention = "auto"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
+    checkpoint_activations: bool = False  # keep a block's input alone, compute the rest again
+    ema: float = 0.0  # decay of a running average of the weights; 0: none is kept
+    export: Literal["last", "ema"] = "last"  # which weights become the model
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None  # of the CPU; None: what PyTorch takes, then fixed for the run
     eval_every: int = 0  # steps; 0: only at the end
@@ -91,6 +97,7 @@ class SftConfig:
     thoughts: ThoughtConfig = field(default_factory=ThoughtConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "seq_len", "eval_rows"):
@@ -100,6 +107,13 @@ class SftConfig:
             raise UserError(
                 "eval_every, checkpoint_every and checkpoint_seconds must be at least 0"
             )
+        if not 0 <= self.ema < 1 or (self.export == "ema" and not self.ema):
+            raise UserError(
+                f"ema is {self.ema} and export {self.export!r}: ema is a decay from 0 (none is "
+                "kept) to below 1, and must be kept to be exported"
+            )
+        if self.precision == "fp8" and (self.lora.rank or self.parallel.tensor > 1):
+            raise UserError("precision fp8 multiplies whole trained matrices: no lora, no tensor")
         wsd.check(self.steps, self.schedule)
 
 
@@ -134,13 +148,16 @@ def main(cfg: SftConfig, run: RunFolder) -> Transformer:
             examples = gather(cfg.data, cfg.thoughts, tokenizer, longest=longest, seed=cfg.seed)
             batches = _rows(cfg, examples, start, team)
             _tell(cfg, examples, batches, run)
-            team.agree(lambda: run.fix(cfg, free=("run", "tensorboard", "parallel")))
+            team.agree(lambda: run.fix(cfg, free=("run", "export", "tensorboard", "parallel")))
             model = team.spread(prepare(cfg, start), cfg.precision)
             measure = heldout(examples, cfg)
-            loop(model, batches, next_token(cfg.loss), cfg, run, evaluate=measure, team=team)
+            loss_fn = visible_logged(next_token(cfg.loss), model.config.sparse)
+            loop(model, batches, loss_fn, cfg, run, evaluate=measure, team=team)
         model = whole_model(model, lambda: prepare(cfg, open_start(cfg.start, cfg.attention)), team)
     model.eval()
     if run.main:
+        if cfg.export == "ema":
+            ema.put(model, run.latest().tensors("ema"))
         model = finish(model, cfg, start, tokenizer, run.path)
     return model
 
@@ -150,6 +167,8 @@ def prepare(cfg: SftConfig, start: Start) -> Transformer:
     model = start.model.train()
     if cfg.lora.rank:
         lora.attach(model, cfg.lora, torch.Generator().manual_seed(cfg.seed))
+    for block in model.layers:
+        block.recompute = cfg.checkpoint_activations
     return model.to(cfg.device)
 
 
@@ -268,7 +287,7 @@ def heldout(examples: Examples, cfg: SftConfig) -> Evaluate | None:
         groups.setdefault(example.mode, []).append(example)
     if not groups:
         return None
-    loss_fn = next_token(dataclasses.replace(cfg.loss, mtp_weight=0.0))
+    loss_fn = next_token(dataclasses.replace(cfg.loss, mtp_weight=0.0, z_weight=0.0))
     rows = {name: _spread(group, cfg, len(groups)) for name, group in groups.items()}
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ from endside.model.presets import preset
 from endside.model.transformer import Transformer
 from endside.tokenizer import Tokenizer
 from endside.train import pretrain, sft
+from endside.train.lora import LoraConfig
 from endside.train.losses import LossConfig, next_token
 from endside.train.pretrain import PretrainConfig
 from endside.train.sft import SftConfig
@@ -223,6 +224,17 @@ def test_the_folder_chats(tuned: SftConfig, open_run: Any) -> None:
     assert int(trained.logits(states)[0, -1].argmax()) == made.token_ids[0]
 
 
+def test_the_average_is_what_is_written(tuned: SftConfig, open_run: Any) -> None:
+    run = open_run()
+    cfg = replace(tuned, ema=0.9, export="ema", steps=6, checkpoint_activations=True,
+                  schedule=replace(tuned.schedule, warmup=1, decay=0))  # fmt: skip
+    model = sft.main(cfg, run)
+    saved = run.latest()
+    name = "layers.0.mlp.up_proj.weight"
+    assert torch.equal(model.state_dict()[name], saved.tensors("ema")[name])
+    assert not torch.equal(model.state_dict()[name], saved.tensors("model")[name])
+
+
 def test_starts(
     tuned: SftConfig, cfg: PretrainConfig, start: Path, open_run: Any, tmp_path: Path
 ) -> None:
@@ -276,6 +288,11 @@ def test_inputs_that_do_not_fit(
 
 
 def test_configurations_that_contradict_themselves(tuned: SftConfig) -> None:
-    for change, part in (({"steps": 0}, "steps is 0"), ({"eval_every": -1}, "at least 0")):
+    for change, part in (
+        ({"steps": 0}, "steps is 0"),
+        ({"eval_every": -1}, "at least 0"),
+        ({"export": "ema"}, "ema is 0.0 and export 'ema'"),
+        ({"precision": "fp8", "lora": LoraConfig(rank=2)}, "no lora"),
+    ):
         with pytest.raises(UserError, match=part):
             replace(tuned, **change)
