@@ -304,7 +304,7 @@ def test_the_cursor_goes_on_where_it_stood() -> None:
         assert one.tokens.tolist() == other.tokens.tolist()
     for changes in ({"seed": 1}, {"seq_len": 8}, {"weights": (1, 2)}):
         assert not loader(**changes).fits(state)
-        with pytest.raises(UserError, match="the checkpoint read conversations with"):
+        with pytest.raises(UserError, match="the checkpoint read data with"):
             loader(**changes).restore(state)
 
 
