@@ -20,6 +20,7 @@ once with `torch.load(weights_only=True)`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,10 @@ Kind = Literal["eagle2", "eagle3", "mtp"]
 
 RANKING = "frequencies.npy"
 LAYER = "layers.0."
+NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([<|][iu][1248])', 'fortran_order': False, "
+    rb"'shape': \((\d{1,12}),\), \} *\n", re.DOTALL
+)  # fmt: skip
 SHARED = ("embed_tokens.weight", "lm_head.weight")  # the model's own, where a folder repeats them
 MTP = {
     "proj.weight": "fc.weight",
@@ -216,10 +221,21 @@ def read_ranking(file: str | Path, vocab_size: int) -> np.ndarray:
         elif path.suffix == ".json":
             ids = np.asarray(json.loads(path.read_text(encoding="utf-8")))
         else:
-            ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+            ids = _npy(path.read_bytes())
+    except (OSError, ValueError, EOFError, RecursionError) as error:
         raise UserError(f"cannot read token frequencies {path}: {error}") from error
     return _checked(ids, vocab_size, str(path))
+
+
+def _npy(raw: bytes) -> np.ndarray:
+    """The one kind of .npy that holds ids: numpy's own reader would evaluate a damaged header."""
+    found = NPY.match(raw)
+    if found is None:
+        raise ValueError("no .npy of one row of whole numbers")
+    kind, count = np.dtype(found[1].decode()), int(found[2])
+    if len(raw) - found.end() != count * kind.itemsize:
+        raise ValueError(f"{count} numbers are announced, {len(raw) - found.end()} bytes are there")
+    return np.frombuffer(raw, kind, offset=found.end())
 
 
 def _torch_list(path: Path) -> Any:

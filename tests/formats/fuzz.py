@@ -37,7 +37,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from endside import gguf_tokenizer
+from endside.checkpoint import Checkpoint
 from endside.errors import UserError
+from endside.formats import draft_head
 from endside.formats.gguf_file import GgufSource, Typed, write_gguf
 from endside.formats.gguf_folder import open_checkpoint
 from endside.formats.hf_config import read_config
@@ -46,7 +48,9 @@ from endside.formats.weights import to_float
 from endside.tokenizer import Tokenizer
 
 Files = dict[str, bytes]
-TARGETS = ("plain", "endside", "gptq", "awq", "marlin", "gguf", "gguf-keys", "headers", "configs")
+DRAFTS = ("eagle2", "eagle3", "eagle2-int4")
+TARGETS = ("plain", "endside", "gptq", "awq", "marlin", "gguf", "gguf-keys", "headers", "configs",
+           *DRAFTS)  # fmt: skip
 SECONDS = 5  # a case may take, with tracing and a busy machine
 SLACK, PER_BYTE = 24 << 20, 64  # bytes of memory: fixed, and for each byte of the files
 COUNTS = (0, 1, 2, 3, 7, 8, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**48, 2**62, 2**63 - 1,
@@ -112,6 +116,10 @@ def run(case: Case) -> bool:
 
 
 def _read(path: Path) -> None:
+    if (path / draft_head.RANKING).exists():
+        head = draft_head.read(Checkpoint.open(path), 40)
+        sum(float(one.sum()) for one in head.tensors.values())
+        return
     source = open_source(path)
     for parameter in source.parameters.values():
         value = to_float(parameter.read())
@@ -227,6 +235,34 @@ def safetensors(table: Any, data: bytes) -> bytes:
     """The bytes of a safetensors file."""
     raw = json.dumps(table).encode()
     return struct.pack("<Q", len(raw)) + raw + data
+
+
+@cache
+def draft(kind: str) -> Files:
+    """A valid draft head: in floats, or EAGLE-2 as CPM.cu packs it."""
+    rng = np.random.default_rng(0)
+    half, wide = np.float16, kind == "eagle3"
+    layer, taken = "midlayer." if wide else "layers.0.", 128 if wide else 64
+    found = {f"{layer}post_attention_layernorm.weight": np.ones(64, half)}
+    if kind == "eagle2-int4":
+        packed = {"self_attn.qkv_proj": (128, 64), "self_attn.o_proj": (64, 64),
+                  "mlp.gate_up_proj": (128, 64), "mlp.down_proj": (64, 64)}  # fmt: skip
+        for name, shape in {**{layer + one: size for one, size in packed.items()},
+                            "fc": (128, 64)}.items():  # fmt: skip
+            found |= _linear("marlin", name, shape, rng)
+    else:
+        for name, (rows, columns) in LINEARS.items():
+            width = taken if name.endswith(("q_proj", "k_proj", "v_proj")) else columns
+            found[f"{layer}{name}.weight"] = rng.normal(size=(rows, width)).astype(half)
+        found["fc.weight"] = rng.normal(size=(64, 192 if wide else 128)).astype(half)
+    if wide:
+        found |= {f"{layer}{one}.weight": np.ones(64, half)
+                  for one in ("input_layernorm", "hidden_norm")}  # fmt: skip
+        found |= {"norm.weight": np.ones(64, half), "d2t": np.arange(20, dtype=np.int32),
+                  "lm_head.weight": rng.normal(size=(20, 64)).astype(half)}  # fmt: skip
+    return {"config.json": json.dumps(_config()).encode(),
+            "model.safetensors": safetensors(*header(found)),
+            draft_head.RANKING: draft_head.ranking_bytes(np.arange(20))}  # fmt: skip
 
 
 @cache
@@ -377,8 +413,8 @@ def cases(draw: st.DrawFn, target: str) -> Case:
         table, data = header(tensors(kind))
         weights = safetensors(draw(changed(table)), data)
         return Case({**folder(kind), "model.safetensors": weights}, "")
-    files = folder(target)
-    name = draw(st.sampled_from(("model.safetensors", "model.safetensors", "config.json")))
+    files = draft(target) if target in DRAFTS else folder(target)
+    name = draw(st.sampled_from(("model.safetensors", "model.safetensors", *sorted(files))))
     return Case({**files, name: draw(damaged(files[name]))}, "")
 
 

@@ -24,6 +24,11 @@ def test_seeds_are_right(kind: str) -> None:
     assert fuzz.run(fuzz.Case(fuzz.folder(kind), ""))
 
 
+@pytest.mark.parametrize("kind", fuzz.DRAFTS)
+def test_draft_seeds_are_right(kind: str) -> None:
+    assert fuzz.run(fuzz.Case(fuzz.draft(kind), ""))
+
+
 def test_gguf_seed_is_right() -> None:
     assert fuzz.run(fuzz.Case({"x.gguf": fuzz.gguf_bytes(*fuzz.gguf_parts())}, "x.gguf"))
 
