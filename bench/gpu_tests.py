@@ -11,6 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from endside.ops.attention import reference as dense_reference
+from endside.ops.attention import segments, varlen
 from endside.ops.infllm import attend_stats, reference
 from endside.ops.infllm import triton as fast
 from endside.ops.infllm.config import SparseConfig
@@ -130,6 +132,27 @@ def packed_documents() -> str:
     return f"{len(lengths)} documents"
 
 
+def packed_dense() -> str:
+    """Dense attention inside packed documents, both ways: as close to the truth as the mask is."""
+    shapes = (((2, 8, 64), BF16), ((2, 16, 128), BF16), ((4, 1, 64), FP16))
+    for (groups, group, width), dtype in shapes:
+        q, k, v = draw((2, 900, 900, groups, group, width), dtype)
+        weight = torch.randn_like(q)
+        documents = torch.stack(
+            [torch.arange(len(row)).repeat_interleave(torch.tensor(row))
+             for row in ([1, 500, 63, 300, 36], [900])]
+        ).cuda()  # fmt: skip
+        truth = gradients(
+            dense_reference.attend, q.double(), k.double(), v.double(), weight, documents=documents
+        )
+        slow = gradients(dense_reference.attend, q, k, v, weight, documents=documents)
+        for impl in (varlen, segments):
+            found = gradients(impl.attend, q, k, v, weight, documents=documents)
+            for name, *one in zip(("out", "dq", "dk", "dv"), found, slow, truth):
+                close(f"{impl.__name__} {name} {dtype}", *one)
+    return "varlen and segments"
+
+
 def backward_repeats() -> str:
     """Two backward passes give the same bits."""
     q, k, v = draw((1, 3000, 3000, 2, 16, 128), BF16)
@@ -186,6 +209,7 @@ TESTS = (
     chosen_blocks,
     dense_below_the_budget,
     packed_documents,
+    packed_dense,
     backward_repeats,
     no_host_synchronisation,
     captured_decode,

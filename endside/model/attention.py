@@ -14,6 +14,7 @@ from endside.model.cache import Cache
 from endside.model.config import ModelConfig
 from endside.model.linear import Linear, MakeLinear
 from endside.ops import attention, infllm
+from endside.ops.attention.packing import Packing
 from endside.ops.rope.reference import rotate
 
 
@@ -49,7 +50,7 @@ class Attention(nn.Module):
             )
             out = attention.attend_seen(q, k, v, batch.seen)
         elif cache is None:
-            out = self._attend(q, k, v, batch.documents)
+            out = self._attend(q, k, v, batch.packing)
         else:
             out = self._attend_cached(q, k, v, batch, cache)
         return self.o_proj(out.reshape(rows, new, -1))
@@ -59,16 +60,18 @@ class Attention(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        documents: torch.Tensor | None,
+        packing: Packing | None,
     ) -> torch.Tensor:
         sparse = self.config.sparse
         if sparse is None:
-            return attention.attend(q, k, v, documents)
-        if documents is None:
+            return attention.attend(q, k, v, packing)
+        if packing is None:
             return infllm.attend(q, k, v, sparse=sparse)
+        if all(infllm.is_dense(length, sparse) for row in packing.lengths for length in set(row)):
+            return attention.attend(q, k, v, packing)
         rows = [
-            infllm.attend_packed(*one, lengths=_run_lengths(owner), sparse=sparse)
-            for *one, owner in zip(q, k, v, documents, strict=True)
+            infllm.attend_packed(*one, lengths=lengths, sparse=sparse)
+            for *one, lengths in zip(q, k, v, packing.lengths, strict=True)
         ]
         return torch.stack(rows)
 
@@ -88,8 +91,3 @@ class Attention(nn.Module):
                 )
                 outputs.append(infllm.attend(*one, sparse=self.config.sparse, summaries=summaries))
         return torch.cat(outputs)
-
-
-def _run_lengths(documents: torch.Tensor) -> list[int]:
-    """documents (T,) -> how many tokens each packed text has, in order."""
-    return torch.unique_consecutive(documents, return_counts=True)[1].tolist()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+
+from endside.ops.attention.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -23,3 +26,8 @@ class Batch:
     documents: torch.Tensor | None = None
     inputs: torch.Tensor | None = None
     seen: torch.Tensor | None = None
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """Where the documents begin and end, found once for all layers."""
+        return None if self.documents is None else Packing(self.documents)

@@ -22,6 +22,8 @@ OPS: dict[str, dict[str, str]] = {
     "attention": {
         "reference": "endside.ops.attention.reference:attend",
         "sdpa": "endside.ops.attention.sdpa:attend",
+        "segments": "endside.ops.attention.segments:attend",
+        "varlen": "endside.ops.attention.varlen:attend",
     },
     "cross_entropy": {"reference": "endside.ops.cross_entropy.reference:cross_entropy"},
     "infllm": {

@@ -1,21 +1,31 @@
-"""Dense causal attention."""
+"""Dense causal attention, over a whole row or inside each of the documents packed in it."""
 
 from __future__ import annotations
 
 import torch
 
-from endside.ops.attention import reference, sdpa
+from endside.ops.attention import reference, sdpa, segments, varlen
+from endside.ops.attention.packing import Packing, packing
 
 
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    documents: torch.Tensor | None = None,
+    documents: torch.Tensor | Packing | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """q (B, T, H, D), k and v (B, S, G, D) -> (B, T, H, D). impl: "auto", "reference", "sdpa"."""
-    return (reference if impl == "reference" else sdpa).attend(q, k, v, documents)
+    """q (B, T, H, D), k and v (B, S, G, D) -> (B, T, H, D).
+
+    documents (B, S) int64: packed texts that must not see each other. impl: "auto", "reference",
+    "sdpa" (one mask of the whole row), "segments" or "varlen" (document by document; CUDA).
+    """
+    if impl in ("reference", "sdpa") or documents is None:
+        owners = None if documents is None else packing(documents).documents
+        return (reference if impl == "reference" else sdpa).attend(q, k, v, owners)
+    if impl == "varlen" or (impl == "auto" and varlen.able(q) and q.shape[1] == k.shape[1]):
+        return varlen.attend(q, k, v, documents)
+    return segments.attend(q, k, v, documents)
 
 
 def attend_seen(

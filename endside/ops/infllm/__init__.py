@@ -16,14 +16,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from endside.errors import UserError
-from endside.ops.infllm.geometry import AttendStats, attend_stats
+from endside.ops.infllm.geometry import AttendStats, attend_stats, is_dense
 
 if TYPE_CHECKING:
     import torch
 
     from endside.ops.infllm.config import SparseConfig
 
-__all__ = ["AttendStats", "attend", "attend_packed", "attend_stats", "compress"]
+__all__ = ["AttendStats", "attend", "attend_packed", "attend_stats", "compress", "is_dense"]
 
 IMPLEMENTATIONS = ("reference", "vectorised", "triton")
 

@@ -78,6 +78,11 @@ def first_chosen(length: int, sparse: SparseConfig) -> int:
     return max(sparse.first_sparse(length), sparse.budget)
 
 
+def is_dense(length: int, sparse: SparseConfig) -> bool:
+    """Whether every query of a text of `length` tokens sees all that dense attention would show."""
+    return first_chosen(length, sparse) >= length
+
+
 def visible_count(position: int, length: int, sparse: SparseConfig) -> int:
     """Keys that the query at `position` attends to."""
     if position < first_chosen(length, sparse):
