@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from endside.data.loader import TokenBatch
+from endside.data.loader import PADDING, TokenBatch
 from endside.ops.infllm.config import SparseConfig
 from endside.ops.infllm.geometry import attend_stats
 from endside.train.losses import Loss, LossFn
@@ -39,9 +39,10 @@ def visible_share(
     known = {} if known is None else known
     seen = there = 0.0
     for row in documents.cpu():
-        for length in torch.unique_consecutive(row, return_counts=True)[1].tolist():
+        owners, lengths = torch.unique_consecutive(row, return_counts=True)
+        for length in lengths[owners != PADDING].tolist():
             if length not in known:
                 known[length] = attend_stats(length, length, sparse).visible * length
             seen += known[length]
             there += length * (length + 1) / 2
-    return seen / there
+    return seen / max(there, 1.0)
