@@ -1,4 +1,4 @@
-"""`endside plot RUN…`: loss curves of one or more run folders as a PNG."""
+"""`endside plot RUN…`: the curves of one or more run folders as a PNG."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from endside.verbs import parse
 
 @dataclass(frozen=True)
 class Plot:
-    """Draw the loss of one or more runs."""
+    """Draw loss, held-out loss, learning rate and gradient norm of one or more runs."""
 
     runs: Positional[tuple[Path, ...]]
     """Run folders (each holds a metrics.jsonl)."""

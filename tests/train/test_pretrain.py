@@ -17,7 +17,7 @@ from endside.log import read_metrics
 from endside.model.presets import preset
 from endside.tokenizer import Tokenizer, train_bpe
 from endside.train import pretrain
-from endside.train.plot import loss_curves, series, smooth
+from endside.train.plot import loss_curves, names, series, smooth, tokens_at
 from endside.train.pretrain import PretrainConfig
 from endside.train.schedule import ScheduleConfig
 
@@ -218,6 +218,10 @@ def test_the_plot_draws_what_was_recorded(cfg: PretrainConfig, open_run, tmp_pat
     assert (tmp_path / "two.png").read_bytes() != one
     records = read_metrics(run.path / "metrics.jsonl")
     assert series(records, "heldout_loss")[0] == [5, 10, 15, 20]
+    assert tokens_at(records, [20]) == [records[-2]["tokens"]]
+    assert names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
+    assert names([tmp_path, tmp_path / "b"]) == [tmp_path.name, f"{tmp_path.name}/b"]
+    assert names([run.path]) == ["run"]
     assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     assert smooth([0.0, 1.0])[-1] == pytest.approx(0.05 / (1 - 0.95**2))
     with pytest.raises(UserError, match="no metrics in"):
