@@ -1,6 +1,6 @@
 """What drafts bring at the 0.5B shape: the real loop, with acceptance replayed from a trace.
 
-    python bench/speculate.py [--rounds 8] [--quant none,int8,int4] [--threads N]
+    python bench/speculate.py [--rounds 4] [--quant none,int8,int4] [--threads N]
     python bench/speculate.py --record MODEL DRAFT TOKENS     make the trace anew
 
 Random weights have nothing to say that could be guessed, and no trained 0.5B model is at hand. So
@@ -423,7 +423,7 @@ def load_traces(temperature: float) -> dict[str, Trace]:
 def main() -> int:
     """Measure, print, write; 1 where a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--quant", default="none,int8,int4")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--record", nargs=3, type=Path, metavar=("MODEL", "DRAFT", "TOKENS"))

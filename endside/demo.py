@@ -1,7 +1,8 @@
 """The tour: a model's whole life on this machine, no network, in a few minutes.
 
     text -> tokenizer -> token shards -> training -> held-out perplexity -> checkpoint -> text again
-    the same model in 4 bits on the native engine: its size, speed and perplexity
+    the same model in 4 bits on the native engine: its size, speed and perplexity;
+    with drafts that change no token, and held to a JSON schema (demo_answers)
     and one layer of sparse attention over a long context, beside the dense one
 
 Every figure it prints was measured in that run. What a step made lies in the output folder and is
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from endside import demo_answers
 from endside.atomic import write_atomic
 from endside.data import corpus
 from endside.data.document import Document
@@ -77,6 +79,8 @@ def tour(flags: Demo) -> None:
     _judge(model, packed, cfg)
     _generate(flags.out / "model")
     _low_bits(flags.out / "model", packed)
+    _say("drafts", demo_answers.drafts(flags.out / "model", _heldout_rows(packed)[:3]))
+    _say("json", demo_answers.constrained(flags.out / "model"))
     _long_context()
     _next_steps(flags, time.monotonic() - begun)
 

@@ -77,7 +77,17 @@ def _progress(out: Path) -> tuple[int, float]:
 def test_a_killed_tour_ends_with_the_same_losses(corpus: Path, tmp_path: Path, kills: int) -> None:
     """Bit for bit; and the whole tour says what it must, with a picture and a loadable model."""
     said = _walk(corpus, tmp_path / "whole")
-    for step in ("tokenizer", "tokens", "training", "held out", "generate", "long", "done"):
+    for step in (
+        "tokenizer",
+        "tokens",
+        "training",
+        "held out",
+        "generate",
+        "drafts",
+        "json",
+        "long",
+        "done",
+    ):
         assert f"\n{step}" in f"\n{said}", f"the tour does not print {step!r}"
     assert (tmp_path / "whole" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     _kill_and_resume(corpus, tmp_path / "killed", kills)

@@ -70,6 +70,14 @@ def holds(checkpoint: Checkpoint) -> bool:
     return mtp or "fc.weight" in names or "fc.qweight" in names
 
 
+def kind_of(checkpoint: Checkpoint) -> Kind:
+    """From the names alone, and what our own folders say."""
+    names = {_short(name): name for name in checkpoint.names()}
+    if "fc.qweight" in names:
+        names["fc.weight"] = ""
+    return checkpoint.config.get("endside_draft", {}).get("kind") or _kind(names, checkpoint.folder)
+
+
 def read(checkpoint: Checkpoint, vocab_size: int | None = None) -> DraftHead:
     """The head in a folder; UserError for another kind of folder.
 

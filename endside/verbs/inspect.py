@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from endside.engine.executors import Choice, Plan, choose, free_memory
-from endside.verbs import lazily, parse
+from endside.verbs import inspect_draft, lazily, parse
 
 if TYPE_CHECKING:
     import tyro
@@ -72,6 +72,7 @@ def describe(flags: Inspect) -> dict[str, Any]:
         } if plan is None else plan["per_token"],
         "attention": _attention(config, context, flags.plan.attention, model.sparse),
         "executor": _executor(choice, plan),
+        "draft": inspect_draft.draft(flags.plan.draft, model.source, config, choice.name),
         "steps": [] if plan is None else plan["steps"],
         "ignored_keys": model.ignored,
     }  # fmt: skip
@@ -216,6 +217,7 @@ def _table(report: dict[str, Any]) -> str:
         f"{per_token['forward_flops'] / 1e9:,.2f} GFLOP at that context",
         "attention": ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in attention.items()),
         "executor": _executor_row(report["executor"]),
+        "draft": inspect_draft.row(report["draft"]),
         "ignored keys": ", ".join(report["ignored_keys"]) or "none",
     }
     lines = [f"{name:<12} {text}" for name, text in rows.items()]
