@@ -168,3 +168,17 @@ def test_what_cannot_be_done_is_said(
     }  # fmt: skip
     code, _, err = _draft(capsys, *[named.get(one, one) for one in argv])
     assert code and message in err and "Traceback" not in err
+
+
+def test_the_run_file_for_the_tour_s_model_is_understood() -> None:
+    from endside import config
+    from endside.train.draft import DraftConfig
+
+    file = Path(__file__).parents[2] / "runs" / "draft.toml"
+    commands = [line for line in file.read_text().splitlines() if "draft train" in line]
+    assert len(commands) == 2
+    for command in commands:
+        changes = tuple(command.split("draft.toml")[1].split())
+        data = config.override(config.read(file), changes)
+        cfg = config.build(DraftConfig, data, source=str(file))
+        assert cfg.model == "runs/demo/model" and cfg.kind == ("bita" if changes else "eagle2")
