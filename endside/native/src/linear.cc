@@ -1,7 +1,9 @@
 #include "linear.h"
 
+#include <algorithm>
 #include <stdexcept>
 
+#include "linear_amx.h"
 #include "linear_body.h"
 #include "linear_kernels.h"
 
@@ -45,7 +47,7 @@ Input make_input(const Linear& linear, int64_t rows, void* scratch) {
 }
 
 size_t apply_scratch_bytes(const Linear&) {
-  return WIDE_BYTES + CHUNK_ROWS * ROW_TILE * sizeof(float);
+  return std::max(WIDE_BYTES + CHUNK_ROWS * ROW_TILE * sizeof(float), sizeof(AmxScratch));
 }
 
 void prepare(const Input& input, const float* x, int64_t width, const float* norm_weight, float eps,
@@ -72,7 +74,9 @@ void apply(const Linear& linear, const Input& input, int64_t n_begin, int64_t n_
     case Isa::portable: return apply_portable(linear, input, n_begin, n_end, epilogue, scratch);
 #if defined(ENDSIDE_X86)
     case Isa::avx2: return apply_avx2(linear, input, n_begin, n_end, epilogue, scratch);
-    case Isa::amx:
+#if defined(ENDSIDE_AMX)
+    case Isa::amx: return apply_amx(linear, input, n_begin, n_end, epilogue, scratch);
+#endif
     case Isa::avx512: return apply_avx512(linear, input, n_begin, n_end, epilogue, scratch);
 #elif defined(ENDSIDE_NEON)
     case Isa::neon: return apply_neon(linear, input, n_begin, n_end, epilogue, scratch);

@@ -1,0 +1,267 @@
+// AMX kernels of `linear.h`: products of 16 rows of x with 16 rows of W in tile registers.
+//
+// A group of 16 rows of W is expanded to signed bytes, zeros already subtracted, as [step][16 rows]
+// [4 k]: just what a tile register wants of its second factor, 64 k at once. The first factor is 16
+// rows of x as they lie. So one instruction makes 16 x 16 x 64 products, and what is left to do for
+// a group is to turn 256 integers into floats, scale and add them: that costs about as much as the
+// products. Both therefore run at the same time, the integers of one step being written to memory
+// and added while the tiles make the next.
+//
+// Two blocks of rows of x and two tiles of W share what they load. When the rows are no multiple of
+// 16 the last block reaches back into the one before it and computes some rows twice; fewer than 16
+// rows make smaller tiles. Few rows, and float kinds, run as avx512.
+#include <atomic>
+
+#include "linear_512.h"
+#include "linear_amx.h"
+#include "linear_kernels.h"
+
+namespace endside {
+namespace {
+
+constexpr int64_t SIDE = 16;             // rows of x in a block
+constexpr int64_t CELLS = SIDE * SIDE;   // of one tile of integers
+constexpr int64_t TILE_DEPTH = 64;       // k in one tile
+
+// Shapes of the tile registers, as the processor reads them: 0 to 3 sums, 4 and 5 x, 6 and 7 W.
+struct alignas(64) Shapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+inline void configure(int64_t rows, int64_t group) {
+  const int64_t depth = group < TILE_DEPTH ? group : TILE_DEPTH;
+  Shapes shapes;
+  for (int tile = 0; tile < 8; ++tile) {
+    const bool x = tile == 4 || tile == 5, w = tile > 5;
+    shapes.bytes[tile] = static_cast<uint16_t>(x ? depth : 64);
+    shapes.rows[tile] = static_cast<uint8_t>(w ? depth / STEP : rows);
+  }
+  _tile_loadconfig(&shapes);
+}
+
+// The compiler does not know that tile instructions read memory.
+inline void written() { std::atomic_signal_fence(std::memory_order_seq_cst); }
+
+// Signed codes fit a byte unless 8-bit codes lose zeros of their own.
+template <Kind K>
+inline bool fits(const Tile& tile) {
+  return K != Kind::int8 || !tile.zeros[0];
+}
+
+// Zeros of sixteen rows, each in the four bytes of its lane; nothing where codes stay unsigned.
+template <Kind K>
+inline __m512i zero_bytes(const Tile& tile, int64_t g) {
+  if (!fits<K>(tile)) return _mm512_setzero_si512();
+  return _mm512_mullo_epi32(zeros_at<K>(tile, g), _mm512_set1_epi32(0x01010101));
+}
+
+// Group g of a tile of W -> wide, [step][16 rows][4].
+template <Kind K>
+inline void expand(const Tile& tile, int64_t g, uint8_t* wide) {
+  constexpr int S = LOADED<K>;
+  const int64_t bytes = group_bytes(K, tile.group), steps = tile.group / STEP;
+  const uint8_t *a = tile.codes[0] + g * bytes, *b = tile.codes[1] + g * bytes;
+  const __m512i zero = zero_bytes<K>(tile, g);
+  __m512i codes[S];
+  int64_t s = 0;
+  for (; s + S <= steps; s += S, a += STEP_CODES, b += STEP_CODES) {
+    unpack<K>(a, b, codes);
+#pragma GCC unroll 8
+    for (int i = 0; i < S; ++i) {
+      _mm512_store_si512(wide + 64 * (s + i), _mm512_sub_epi8(codes[i], zero));
+    }
+  }
+  for (; s < steps; ++s, a += TAIL_BYTES, b += TAIL_BYTES) {
+    _mm512_store_si512(wide + 64 * s, _mm512_sub_epi8(tail_step(a, b), zero));
+  }
+}
+
+#define ENDSIDE_PRODUCT(sum, x, w)          \
+  do {                                      \
+    if constexpr (SIGNED) {                 \
+      _tile_dpbssd(sum, x, w);              \
+    } else {                                \
+      _tile_dpbsud(sum, x, w);              \
+    }                                       \
+  } while (false)
+
+// sums [M][N][16][16] of M blocks of x (x[m], rows `stride` apart) with N expanded tiles of W.
+template <bool SIGNED, int M, int N>
+inline void products(const int8_t* const (&x)[2], int64_t stride, const uint8_t* wide,
+                     int64_t group, int32_t* sums) {
+  _tile_zero(0);
+  if constexpr (N == 2) _tile_zero(1);
+  if constexpr (M == 2) _tile_zero(2);
+  if constexpr (M == 2 && N == 2) _tile_zero(3);
+  for (int64_t k = 0; k < group; k += TILE_DEPTH) {
+    _tile_loadd(6, wide + k * SIDE, 64);
+    _tile_loadd(4, x[0] + k, stride);
+    ENDSIDE_PRODUCT(0, 4, 6);
+    if constexpr (N == 2) {
+      _tile_loadd(7, wide + (group + k) * SIDE, 64);
+      ENDSIDE_PRODUCT(1, 4, 7);
+    }
+    if constexpr (M == 2) {
+      _tile_loadd(5, x[1] + k, stride);
+      ENDSIDE_PRODUCT(2, 5, 6);
+      if constexpr (N == 2) ENDSIDE_PRODUCT(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  if constexpr (N == 2) _tile_stored(1, sums + CELLS, 64);
+  if constexpr (M == 2) _tile_stored(2, sums + N * CELLS, 64);
+  if constexpr (M == 2 && N == 2) _tile_stored(3, sums + 3 * CELLS, 64);
+}
+
+#undef ENDSIDE_PRODUCT
+
+// What one group of N tiles of W brings: scales, and zeros where codes kept theirs.
+template <int N>
+struct Group {
+  __m512 scales[N];
+  __m512i zeros[N];
+};
+
+// y (N tiles `tile_stride` apart, 16 rows of 16) += float(sums - zero * sum) * (scale * s).
+template <bool SIGNED, bool FIRST, int N>
+inline void add_terms(const Group<N>& group, const int32_t* sums, const Rows& rows, int64_t count,
+                      float* y, int64_t tile_stride) {
+  for (int64_t t = 0; t < count; ++t) {
+    const __m512 s = _mm512_set1_ps(rows.scale[t * rows.groups]);
+    const __m512i sum = SIGNED ? _mm512_setzero_si512()
+                               : _mm512_set1_epi32(rows.sum[t * rows.groups]);
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      __m512i dot = _mm512_load_si512(sums + n * CELLS + t * SIDE);
+      if constexpr (!SIGNED) dot = _mm512_sub_epi32(dot, _mm512_madd_epi16(group.zeros[n], sum));
+      const __m512 factor = _mm512_mul_ps(group.scales[n], s);
+      const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), factor);
+      float* const at = y + n * tile_stride + t * SIDE;
+      const __m512 before = FIRST ? _mm512_setzero_ps() : _mm512_load_ps(at);
+      _mm512_store_ps(at, _mm512_add_ps(before, term));
+    }
+  }
+}
+
+// Rows of x in blocks of 16, the last of which may reach back.
+struct Blocks {
+  const Input& input;
+  int64_t side() const { return input.rows < SIDE ? input.rows : SIDE; }
+  int64_t count() const { return (input.rows + SIDE - 1) / SIDE; }
+  int64_t start(int64_t block) const {
+    const int64_t last = input.rows - side();
+    return block * SIDE < last ? block * SIDE : last;
+  }
+};
+
+// Group g of N tiles of W, expanded in `wide`, times blocks first .. first + count of x: into y.
+template <bool SIGNED, bool FIRST, int N>
+inline void group_times_blocks(const Group<N>& group, int64_t g, const Blocks& blocks,
+                               int64_t first, int64_t count, AmxScratch& scratch) {
+  const Input& input = blocks.input;
+  const int64_t groups = input.k / input.group;
+  const int64_t stride = AMX_BLOCKS * CELLS;
+  const auto add = [&](int64_t block, const int32_t* sums) {
+    const int64_t row = blocks.start(first + block);
+    const Rows rows = {nullptr, input.scale + row * groups + g, input.sum + row * groups + g,
+                       nullptr, input.k, groups};
+    add_terms<SIGNED, FIRST, N>(group, sums, rows, blocks.side(), scratch.y + block * CELLS,
+                                stride);
+  };
+  const auto add_pair = [&](int64_t block) {
+    const int32_t* const sums = scratch.sums[block / 2 % 2];
+    add(block, sums);
+    if (block + 1 < count) add(block + 1, sums + N * CELLS);
+  };
+  for (int64_t block = 0; block < count; block += 2) {
+    const bool two = block + 1 < count;
+    const int8_t* const q = input.q + g * input.group;
+    const int8_t* const x[2] = {q + blocks.start(first + block) * input.k,
+                                q + blocks.start(first + block + (two ? 1 : 0)) * input.k};
+    int32_t* const sums = scratch.sums[block / 2 % 2];
+    if (two) products<SIGNED, 2, N>(x, input.k, scratch.wide, input.group, sums);
+    else products<SIGNED, 1, N>(x, input.k, scratch.wide, input.group, sums);
+    if (block > 0) add_pair(block - 2);
+  }
+  add_pair((count - 1) / 2 * 2);
+}
+
+template <Kind K, bool SIGNED, int N>
+inline void tiles_times_blocks(const Linear& linear, int64_t n, const Blocks& blocks,
+                               int64_t first, int64_t count, AmxScratch& scratch) {
+  const Tile tiles[2] = {tile_at(linear, n), tile_at(linear, n + (N - 1) * ROW_TILE)};
+  for (int64_t g = 0; g < tiles[0].groups; ++g) {
+    Group<N> group;
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) {
+      expand<K>(tiles[i], g, scratch.wide + i * ROW_TILE * linear.group);
+      group.scales[i] = scales_at(tiles[i], g);
+      group.zeros[i] = zeros_at<K>(tiles[i], g);
+    }
+    written();
+    if (g == 0) group_times_blocks<SIGNED, true, N>(group, g, blocks, first, count, scratch);
+    else group_times_blocks<SIGNED, false, N>(group, g, blocks, first, count, scratch);
+  }
+}
+
+template <Kind K, bool SIGNED>
+inline void apply_tiles(const Linear& linear, const Input& input, int64_t n_begin, int64_t n_end,
+                        const Epilogue& epilogue, AmxScratch& scratch) {
+  const int64_t end = n_end < linear.n ? n_end : linear.n;
+  const Blocks blocks{input};
+  const int64_t most = amx_blocks(input.k);
+  for (int64_t first = 0; first < blocks.count(); first += most) {
+    const int64_t left = blocks.count() - first, count = left < most ? left : most;
+    for (int64_t n = n_begin; n < end; n += 2 * ROW_TILE) {
+      const bool two = n + ROW_TILE < end;
+      if (two) tiles_times_blocks<K, SIGNED, 2>(linear, n, blocks, first, count, scratch);
+      else tiles_times_blocks<K, SIGNED, 1>(linear, n, blocks, first, count, scratch);
+      for (int64_t i = 0; i < (two ? 2 : 1); ++i) {
+        const float* const y = scratch.y + i * AMX_BLOCKS * CELLS;
+        const int64_t column = n + i * ROW_TILE, whole = (count - 1) * SIDE, row = first * SIDE;
+        finish(epilogue, y, row, whole, column, end);
+        // of the last block, the rows that no block before it had
+        const int64_t again = row + whole - blocks.start(first + count - 1);
+        finish(epilogue, y + (whole + again) * SIDE, row + whole, blocks.side() - again, column,
+               end);
+      }
+    }
+  }
+}
+
+template <Kind K>
+inline void apply_kind_amx(const Linear& linear, const Input& input, int64_t n_begin,
+                           int64_t n_end, const Epilogue& epilogue, AmxScratch& scratch) {
+  if constexpr (K == Kind::int8) {
+    if (linear.asymmetric) {
+      return apply_tiles<K, false>(linear, input, n_begin, n_end, epilogue, scratch);
+    }
+  }
+  apply_tiles<K, true>(linear, input, n_begin, n_end, epilogue, scratch);
+}
+
+}  // namespace
+
+void apply_amx(const Linear& linear, const Input& input, int64_t n_begin, int64_t n_end,
+               const Epilogue& epilogue, void* memory) {
+  if (!linear.quantized() || input.rows < AMX_ROWS) {
+    return apply_avx512(linear, input, n_begin, n_end, epilogue, memory);
+  }
+  AmxScratch& scratch = *static_cast<AmxScratch*>(memory);
+  configure(input.rows < SIDE ? input.rows : SIDE, input.group);
+  switch (linear.kind) {
+#define ENDSIDE_CASE(K) \
+  case Kind::K: apply_kind_amx<Kind::K>(linear, input, n_begin, n_end, epilogue, scratch); break
+    ENDSIDE_CASE(int8);
+    ENDSIDE_CASE(int4);
+    ENDSIDE_CASE(ternary2);
+    ENDSIDE_CASE(ternary3);
+#undef ENDSIDE_CASE
+    default: break;
+  }
+  _tile_release();  // nothing to save at the next change of threads
+}
+
+}  // namespace endside
