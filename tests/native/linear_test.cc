@@ -153,7 +153,8 @@ TEST_EACH_ISA(linear_extremes) {
 // More rows than one pass over the weights takes, and a K that makes passes short.
 TEST_EACH_ISA(linear_many_rows) {
   Noise noise(5);
-  for (const auto& [k, rows] : {std::pair<int64_t, int64_t>{64, 269}, {9000, 31}}) {
+  for (const auto& [k, rows] :
+       {std::pair<int64_t, int64_t>{64, 269}, {2048, 40}, {9000, 31}}) {
     Matrix m = check::make_codes(shape_of(Kind::int4, 18, k, 64), noise);
     std::vector<float> x(rows * k);
     check::fill_rows(noise, x.data(), rows, k, 64);

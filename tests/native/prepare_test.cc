@@ -24,7 +24,7 @@ static Linear shape_of(Kind kind, int64_t n, int64_t k, int64_t group) {
 TEST_EACH_ISA(prepare_int8) {
   Noise noise(11);
   for (int64_t group : {32, 64, 128}) {
-    for (int64_t width : {int64_t{1}, group - 1, group, 3 * group + 7}) {
+    for (int64_t width : {int64_t{1}, group - 1, group, 3 * group + 7, int64_t{1024}}) {
       const Linear linear = shape_of(Kind::int4, 16, width, group);
       constexpr int64_t ROWS = 9;
       Fenced<float> x(ROWS * width, 1);
@@ -35,7 +35,10 @@ TEST_EACH_ISA(prepare_int8) {
       endside::prepare(input, x.data(), width, nullptr, 0, 0, 4, isa);
       endside::prepare(input, x.data(), width, nullptr, 0, 4, ROWS, isa);
       CHECK(memory.intact() && x.intact());
-      for (std::size_t i = 0; i < want.q.size(); ++i) CHECK(input.q[i] == want.q[i], width, i);
+      for (std::size_t i = 0; i < want.q.size(); ++i) {
+        const int64_t p = i / input.k, c = i % input.k;
+        CHECK(input.q[p * input.stride + c] == want.q[i], width, i);
+      }
       for (std::size_t i = 0; i < want.sum.size(); ++i) {
         CHECK(input.sum[i] == want.sum[i], width, i);
         CHECK(input.scale[i] == want.scale[i], width, i);
@@ -64,7 +67,7 @@ TEST_EACH_ISA(prepare_norm) {
       for (int64_t j = 0; j < width; ++j) squares += std::pow(x[p * width + j], 2.0);
       const double want = x[i] / std::sqrt(squares / width + eps) * weight[c];
       const double scale = input.scale[p * groups + c / 64];
-      CHECK_NEAR(scale * input.q[p * linear.padded_k() + c], want, 0.5001 * scale, width, c);
+      CHECK_NEAR(scale * input.q[p * input.stride + c], want, 0.5001 * scale, width, c);
     }
   }
 }
@@ -82,7 +85,7 @@ TEST_EACH_ISA(prepare_same_bits) {
     const endside::Input input = endside::make_input(linear, 4, memory.data());
     endside::prepare(input, x.data(), width, weight.data(), 1e-5f, 0, 4, which);
     std::vector<float> values;
-    for (int64_t i = 0; i < 4 * input.k; ++i) values.push_back(input.q[i]);
+    for (int64_t i = 0; i < 4 * input.stride; ++i) values.push_back(input.q[i]);
     for (int64_t i = 0; i < 4 * input.k / 128; ++i) values.push_back(input.scale[i]);
     return values;
   };

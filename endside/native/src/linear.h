@@ -84,9 +84,10 @@ void unpack_row(const Linear& linear, int64_t row, float* out);
 // caller).
 struct Input {
   int64_t rows = 0, k = 0;        // k: padded_k of the matrix
+  int64_t stride = 0;             // numbers between rows of x or q, at least k
   int64_t group = 0;              // 0: float rows
-  float* x = nullptr;             // (P, k) float kinds
-  int8_t* q = nullptr;            // (P, k)
+  float* x = nullptr;             // (P, stride) float kinds
+  int8_t* q = nullptr;            // (P, stride)
   float* scale = nullptr;         // (P, k / group)
   int32_t* sum = nullptr;         // (P, k / group)
 };

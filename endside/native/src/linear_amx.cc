@@ -23,7 +23,7 @@ constexpr int64_t SIDE = 16;             // rows of x in a block
 constexpr int64_t CELLS = SIDE * SIDE;   // of one tile of integers
 constexpr int64_t TILE_DEPTH = 64;       // k in one tile
 
-// Shapes of the tile registers, as the processor reads them: 0 to 3 sums, 4 and 5 x, 6 and 7 W.
+// Shapes of the tile registers, as the processor reads them.
 struct alignas(64) Shapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
@@ -34,7 +34,7 @@ inline void configure(int64_t rows, int64_t group) {
   const int64_t depth = group < TILE_DEPTH ? group : TILE_DEPTH;
   Shapes shapes;
   for (int tile = 0; tile < 8; ++tile) {
-    const bool x = tile == 4 || tile == 5, w = tile > 5;
+    const bool x = tile == 2 || tile == 3, w = tile > 3;
     shapes.bytes[tile] = static_cast<uint16_t>(x ? depth : 64);
     shapes.rows[tile] = static_cast<uint8_t>(w ? depth / STEP : rows);
   }
@@ -78,6 +78,16 @@ inline void expand(const Tile& tile, int64_t g, uint8_t* wide) {
   }
 }
 
+// Tile registers: 0 and 1 sums, 2 and 3 x, 4 to 7 W: [k][tile of W]. DEPTH: 64s of k in a group.
+template <int DEPTH, int N>
+inline void load_weights(const uint8_t* wide, int64_t group) {
+  written();
+  _tile_loadd(4, wide, 64);
+  if constexpr (N == 2) _tile_loadd(5, wide + group * SIDE, 64);
+  if constexpr (DEPTH == 2) _tile_loadd(6, wide + CELLS * STEP, 64);
+  if constexpr (DEPTH == 2 && N == 2) _tile_loadd(7, wide + (group * SIDE + CELLS * STEP), 64);
+}
+
 #define ENDSIDE_PRODUCT(sum, x, w)          \
   do {                                      \
     if constexpr (SIGNED) {                 \
@@ -87,32 +97,21 @@ inline void expand(const Tile& tile, int64_t g, uint8_t* wide) {
     }                                       \
   } while (false)
 
-// sums [M][N][16][16] of M blocks of x (x[m], rows `stride` apart) with N expanded tiles of W.
-template <bool SIGNED, int M, int N>
-inline void products(const int8_t* const (&x)[2], int64_t stride, const uint8_t* wide,
-                     int64_t group, int32_t* sums) {
+// sums [N][16][16] of a block of x, whose rows are `stride` apart, with the weights loaded.
+template <bool SIGNED, int DEPTH, int N>
+inline void products(const int8_t* x, int64_t stride, int32_t* sums) {
   _tile_zero(0);
+  _tile_loadd(2, x, stride);
+  ENDSIDE_PRODUCT(0, 2, 4);
   if constexpr (N == 2) _tile_zero(1);
-  if constexpr (M == 2) _tile_zero(2);
-  if constexpr (M == 2 && N == 2) _tile_zero(3);
-  for (int64_t k = 0; k < group; k += TILE_DEPTH) {
-    _tile_loadd(6, wide + k * SIDE, 64);
-    _tile_loadd(4, x[0] + k, stride);
-    ENDSIDE_PRODUCT(0, 4, 6);
-    if constexpr (N == 2) {
-      _tile_loadd(7, wide + (group + k) * SIDE, 64);
-      ENDSIDE_PRODUCT(1, 4, 7);
-    }
-    if constexpr (M == 2) {
-      _tile_loadd(5, x[1] + k, stride);
-      ENDSIDE_PRODUCT(2, 5, 6);
-      if constexpr (N == 2) ENDSIDE_PRODUCT(3, 5, 7);
-    }
+  if constexpr (N == 2) ENDSIDE_PRODUCT(1, 2, 5);
+  if constexpr (DEPTH == 2) {
+    _tile_loadd(3, x + TILE_DEPTH, stride);
+    ENDSIDE_PRODUCT(0, 3, 6);
+    if constexpr (N == 2) ENDSIDE_PRODUCT(1, 3, 7);
   }
   _tile_stored(0, sums, 64);
   if constexpr (N == 2) _tile_stored(1, sums + CELLS, 64);
-  if constexpr (M == 2) _tile_stored(2, sums + N * CELLS, 64);
-  if constexpr (M == 2 && N == 2) _tile_stored(3, sums + 3 * CELLS, 64);
 }
 
 #undef ENDSIDE_PRODUCT
@@ -124,21 +123,23 @@ struct Group {
   __m512i zeros[N];
 };
 
-// y (N tiles `tile_stride` apart, 16 rows of 16) += float(sums - zero * sum) * (scale * s).
+// y [N][16][16] += float(sums - zero * sum) * (scale * s); s and sum are `groups` apart.
 template <bool SIGNED, bool FIRST, int N>
-inline void add_terms(const Group<N>& group, const int32_t* sums, const Rows& rows, int64_t count,
-                      float* y, int64_t tile_stride) {
+inline void add_terms(const Group<N>& group, const int32_t* sums, const float* scale,
+                      const int32_t* sum, int64_t groups, int64_t count, float* y) {
+#pragma GCC unroll 4
   for (int64_t t = 0; t < count; ++t) {
-    const __m512 s = _mm512_set1_ps(rows.scale[t * rows.groups]);
-    const __m512i sum = SIGNED ? _mm512_setzero_si512()
-                               : _mm512_set1_epi32(rows.sum[t * rows.groups]);
+    const __m512 s = _mm512_set1_ps(scale[t * groups]);
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) {
       __m512i dot = _mm512_load_si512(sums + n * CELLS + t * SIDE);
-      if constexpr (!SIGNED) dot = _mm512_sub_epi32(dot, _mm512_madd_epi16(group.zeros[n], sum));
+      if constexpr (!SIGNED) {
+        const __m512i all = _mm512_set1_epi32(sum[t * groups]);
+        dot = _mm512_sub_epi32(dot, _mm512_madd_epi16(group.zeros[n], all));
+      }
       const __m512 factor = _mm512_mul_ps(group.scales[n], s);
       const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), factor);
-      float* const at = y + n * tile_stride + t * SIDE;
+      float* const at = y + n * CELLS + t * SIDE;
       const __m512 before = FIRST ? _mm512_setzero_ps() : _mm512_load_ps(at);
       _mm512_store_ps(at, _mm512_add_ps(before, term));
     }
@@ -156,43 +157,51 @@ struct Blocks {
   }
 };
 
-// Group g of N tiles of W, expanded in `wide`, times blocks first .. first + count of x: into y.
-template <bool SIGNED, bool FIRST, int N>
-inline void group_times_blocks(const Group<N>& group, int64_t g, const Blocks& blocks,
-                               int64_t first, int64_t count, AmxScratch& scratch) {
+// Group g of N tiles of W times blocks first .. first + count of x: into y [block][N][16][16].
+template <bool SIGNED, bool FIRST, int DEPTH, int N>
+__attribute__((noinline)) void group_times_blocks(Group<N> group, int64_t g, const Blocks& blocks,
+                                                  int64_t first, int64_t count,
+                                                  AmxScratch& scratch) {
   const Input& input = blocks.input;
-  const int64_t groups = input.k / input.group;
-  const int64_t stride = AMX_BLOCKS * CELLS;
-  const auto add = [&](int64_t block, const int32_t* sums) {
-    const int64_t row = blocks.start(first + block);
-    const Rows rows = {nullptr, input.scale + row * groups + g, input.sum + row * groups + g,
-                       nullptr, input.k, groups};
-    add_terms<SIGNED, FIRST, N>(group, sums, rows, blocks.side(), scratch.y + block * CELLS,
-                                stride);
+  const int64_t groups = input.k / input.group, side = blocks.side();
+  const int8_t* const q = input.q + g * input.group;
+  load_weights<DEPTH, N>(scratch.wide, input.group);
+  const auto multiply = [&](int64_t block) {
+    products<SIGNED, DEPTH, N>(q + blocks.start(first + block) * input.stride, input.stride,
+                               scratch.sums[block % 2]);
   };
-  const auto add_pair = [&](int64_t block) {
-    const int32_t* const sums = scratch.sums[block / 2 % 2];
-    add(block, sums);
-    if (block + 1 < count) add(block + 1, sums + N * CELLS);
+  const auto add = [&](int64_t block) {
+    const int64_t at = blocks.start(first + block) * groups + g;
+    add_terms<SIGNED, FIRST, N>(group, scratch.sums[block % 2], input.scale + at, input.sum + at,
+                                groups, side, scratch.y + block * 2 * CELLS);
   };
-  for (int64_t block = 0; block < count; block += 2) {
-    const bool two = block + 1 < count;
-    const int8_t* const q = input.q + g * input.group;
-    const int8_t* const x[2] = {q + blocks.start(first + block) * input.k,
-                                q + blocks.start(first + block + (two ? 1 : 0)) * input.k};
-    int32_t* const sums = scratch.sums[block / 2 % 2];
-    if (two) products<SIGNED, 2, N>(x, input.k, scratch.wide, input.group, sums);
-    else products<SIGNED, 1, N>(x, input.k, scratch.wide, input.group, sums);
-    if (block > 0) add_pair(block - 2);
+  multiply(0);
+  for (int64_t block = 1; block < count; ++block) {
+    multiply(block);
+    add(block - 1);
   }
-  add_pair((count - 1) / 2 * 2);
+  add(count - 1);
 }
 
-template <Kind K, bool SIGNED, int N>
+// Asks for the lines of out that rows begin .. end will write: they are seldom in a near cache.
+inline void ask_for_out(const Epilogue& epilogue, int64_t n, int64_t begin, int64_t end) {
+  const bool halves = epilogue.then == Then::silu_mul;
+  const float* at = epilogue.out + (halves ? n / 2 : n) + begin * epilogue.stride;
+  for (int64_t row = begin; row < end; ++row, at += epilogue.stride) {
+    __builtin_prefetch(at, 1);
+    if (!halves) __builtin_prefetch(at + ROW_TILE, 1);
+  }
+}
+
+// N tiles of W from row n on times blocks first .. first + count of x.
+template <Kind K, bool SIGNED, int DEPTH, int N>
 inline void tiles_times_blocks(const Linear& linear, int64_t n, const Blocks& blocks,
-                               int64_t first, int64_t count, AmxScratch& scratch) {
+                               int64_t first, int64_t count, const Epilogue& epilogue,
+                               AmxScratch& scratch) {
   const Tile tiles[2] = {tile_at(linear, n), tile_at(linear, n + (N - 1) * ROW_TILE)};
-  for (int64_t g = 0; g < tiles[0].groups; ++g) {
+  const int64_t groups = tiles[0].groups;
+  const int64_t begin = first * SIDE, end = blocks.start(first + count - 1) + blocks.side();
+  for (int64_t g = 0; g < groups; ++g) {
     Group<N> group;
 #pragma GCC unroll 2
     for (int i = 0; i < N; ++i) {
@@ -200,34 +209,53 @@ inline void tiles_times_blocks(const Linear& linear, int64_t n, const Blocks& bl
       group.scales[i] = scales_at(tiles[i], g);
       group.zeros[i] = zeros_at<K>(tiles[i], g);
     }
-    written();
-    if (g == 0) group_times_blocks<SIGNED, true, N>(group, g, blocks, first, count, scratch);
-    else group_times_blocks<SIGNED, false, N>(group, g, blocks, first, count, scratch);
+    ask_for_out(epilogue, n, begin + (end - begin) * g / groups,
+                begin + (end - begin) * (g + 1) / groups);
+    const auto times = g == 0 ? group_times_blocks<SIGNED, true, DEPTH, N>
+                              : group_times_blocks<SIGNED, false, DEPTH, N>;
+    times(group, g, blocks, first, count, scratch);
   }
 }
 
-template <Kind K, bool SIGNED>
+// What comes after the sums of N tiles of W from column n on; rows that stood in two blocks once.
+template <int N>
+inline void finish_blocks(const Blocks& blocks, int64_t first, int64_t count,
+                          const Epilogue& epilogue, int64_t n, int64_t end, const float* y) {
+  for (int64_t block = first; block < first + count; ++block, y += 2 * CELLS) {
+    const int64_t row = block * SIDE, again = row - blocks.start(block);
+    for (int64_t i = 0; i < N; ++i) {
+      finish(epilogue, y + i * CELLS + again * SIDE, row, blocks.side() - again, n + i * ROW_TILE,
+             end);
+    }
+  }
+}
+
+template <Kind K, bool SIGNED, int DEPTH>
 inline void apply_tiles(const Linear& linear, const Input& input, int64_t n_begin, int64_t n_end,
                         const Epilogue& epilogue, AmxScratch& scratch) {
   const int64_t end = n_end < linear.n ? n_end : linear.n;
   const Blocks blocks{input};
-  const int64_t most = amx_blocks(input.k);
-  for (int64_t first = 0; first < blocks.count(); first += most) {
-    const int64_t left = blocks.count() - first, count = left < most ? left : most;
-    for (int64_t n = n_begin; n < end; n += 2 * ROW_TILE) {
-      const bool two = n + ROW_TILE < end;
-      if (two) tiles_times_blocks<K, SIGNED, 2>(linear, n, blocks, first, count, scratch);
-      else tiles_times_blocks<K, SIGNED, 1>(linear, n, blocks, first, count, scratch);
-      for (int64_t i = 0; i < (two ? 2 : 1); ++i) {
-        const float* const y = scratch.y + i * AMX_BLOCKS * CELLS;
-        const int64_t column = n + i * ROW_TILE, whole = (count - 1) * SIDE, row = first * SIDE;
-        finish(epilogue, y, row, whole, column, end);
-        // of the last block, the rows that no block before it had
-        const int64_t again = row + whole - blocks.start(first + count - 1);
-        finish(epilogue, y + (whole + again) * SIDE, row + whole, blocks.side() - again, column,
-               end);
-      }
+  for (int64_t first = 0; first < blocks.count(); first += AMX_BLOCKS) {
+    const int64_t left = blocks.count() - first, count = left < AMX_BLOCKS ? left : AMX_BLOCKS;
+    int64_t n = n_begin;
+    for (; n + ROW_TILE < end; n += 2 * ROW_TILE) {
+      tiles_times_blocks<K, SIGNED, DEPTH, 2>(linear, n, blocks, first, count, epilogue,
+                                              scratch);
+      finish_blocks<2>(blocks, first, count, epilogue, n, end, scratch.y);
     }
+    if (n >= end) continue;
+    tiles_times_blocks<K, SIGNED, DEPTH, 1>(linear, n, blocks, first, count, epilogue, scratch);
+    finish_blocks<1>(blocks, first, count, epilogue, n, end, scratch.y);
+  }
+}
+
+template <Kind K, bool SIGNED>
+inline void apply_depth(const Linear& linear, const Input& input, int64_t n_begin, int64_t n_end,
+                        const Epilogue& epilogue, AmxScratch& scratch) {
+  if (linear.group > TILE_DEPTH) {
+    apply_tiles<K, SIGNED, 2>(linear, input, n_begin, n_end, epilogue, scratch);
+  } else {
+    apply_tiles<K, SIGNED, 1>(linear, input, n_begin, n_end, epilogue, scratch);
   }
 }
 
@@ -236,10 +264,10 @@ inline void apply_kind_amx(const Linear& linear, const Input& input, int64_t n_b
                            int64_t n_end, const Epilogue& epilogue, AmxScratch& scratch) {
   if constexpr (K == Kind::int8) {
     if (linear.asymmetric) {
-      return apply_tiles<K, false>(linear, input, n_begin, n_end, epilogue, scratch);
+      return apply_depth<K, false>(linear, input, n_begin, n_end, epilogue, scratch);
     }
   }
-  apply_tiles<K, true>(linear, input, n_begin, n_end, epilogue, scratch);
+  apply_depth<K, true>(linear, input, n_begin, n_end, epilogue, scratch);
 }
 
 }  // namespace

@@ -208,7 +208,7 @@ template <int T>
 inline void group_int8(const Tile& tile, int64_t g, const Rows& rows, __m256i (&total)[T][2]) {
   const __m256i mask = _mm256_set1_epi8(15);
   for (int64_t part = 0; part < tile.group / STEP; part += PART) {
-    const Cursors<T> x_rows(rows.q + g * tile.group + part * STEP, rows.k);
+    const Cursors<T> x_rows(rows.q + g * tile.group + part * STEP, rows.stride);
 #pragma GCC unroll 2
     for (int b = 0; b < 2; ++b) {
       const uint8_t* const codes = tile.codes[b] + g * tile.group * ROWS + part * STEP_CODES;
@@ -249,7 +249,7 @@ inline void group_direct(const Tile& tile, int64_t g, const Rows& rows, __m256i 
     for (int64_t s = 0; s < steps; s += part) {
       __m256i sums[T][2];
       clear<T>(sums);
-      run_steps<K, T>(a, b, part, q, rows.k, sums);
+      run_steps<K, T>(a, b, part, q, rows.stride, sums);
       widen<false, T>(sums, total);
       a += part * STEP_CODES / 2, b += part * STEP_CODES / 2, q += part * STEP;
     }
@@ -369,7 +369,7 @@ struct Avx2 {
   ENDSIDE_KERNEL static void wide(const Tile& tile, int64_t g, const uint8_t* wide,
                                   const Rows& rows, int64_t parts, float* out) {
     const GroupTerm term = GroupTerm::at<K>(tile, g);
-    const int64_t steps = tile.group / STEP, k = rows.k, groups = rows.groups;
+    const int64_t steps = tile.group / STEP, k = rows.stride, groups = rows.groups;
     const int8_t* q = rows.q + g * tile.group;
     const int32_t* sum = rows.sum + g;
     const float* scale = rows.scale + g;
@@ -395,7 +395,7 @@ struct Avx2 {
       const __m256 a = weights<K>(tile.codes[0], k), b = weights<K>(tile.codes[1], k);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        const __m256 x = _mm256_broadcast_ss(rows.x + t * rows.k + k);
+        const __m256 x = _mm256_broadcast_ss(rows.x + t * rows.stride + k);
         y[t][0] = _mm256_fmadd_ps(a, x, y[t][0]);
         y[t][1] = _mm256_fmadd_ps(b, x, y[t][1]);
       }

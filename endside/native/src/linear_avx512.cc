@@ -65,11 +65,11 @@ inline void group_direct(const Tile& tile, int64_t g, const Rows& rows, __m512i 
     unpack<K>(a, b, codes);
 #pragma GCC unroll 8
     for (int i = 0; i < S; ++i) {
-      step<T>(codes[i], q + (s + i) * STEP, rows.k, i % 2 == 0 ? even : odd);
+      step<T>(codes[i], q + (s + i) * STEP, rows.stride, i % 2 == 0 ? even : odd);
     }
   }
   for (; s < steps; ++s, a += TAIL_BYTES, b += TAIL_BYTES) {
-    step<T>(tail_step(a, b), q + s * STEP, rows.k, odd);
+    step<T>(tail_step(a, b), q + s * STEP, rows.stride, odd);
   }
 }
 
@@ -130,7 +130,7 @@ struct Avx512 {
     for (int64_t part = 0; part < tile.group / STEP; part += PART) {
 #pragma GCC unroll 8
       for (int64_t s = part; s < part + PART; ++s) {
-        step<T>(_mm512_loadu_si512(wide + 64 * s), q + s * STEP, rows.k, total);
+        step<T>(_mm512_loadu_si512(wide + 64 * s), q + s * STEP, rows.stride, total);
       }
     }
     __m512 y[T];
@@ -149,7 +149,7 @@ struct Avx512 {
       const __m512 w = weights<K>(tile, k);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        y[t] = _mm512_fmadd_ps(w, _mm512_set1_ps(rows.x[t * rows.k + k]), y[t]);
+        y[t] = _mm512_fmadd_ps(w, _mm512_set1_ps(rows.x[t * rows.stride + k]), y[t]);
       }
     }
     store_rows<T>(y, out);

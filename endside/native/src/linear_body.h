@@ -53,11 +53,11 @@ struct Tile {
 
 // The first of some rows of x; row t lies t strides further.
 struct Rows {
-  const int8_t* q;             // stride k
+  const int8_t* q;             // stride `stride`
   const float* scale;          // stride groups
   const int32_t* sum;          // stride groups
-  const float* x;              // stride k, float kinds
-  int64_t k, groups;
+  const float* x;              // stride `stride`, float kinds
+  int64_t stride, groups;
 };
 
 static inline Tile tile_at(const Linear& linear, int64_t n) {
@@ -76,10 +76,10 @@ static inline Tile tile_at(const Linear& linear, int64_t n) {
 }
 
 static inline Rows rows_at(const Input& input, int64_t p) {
-  if (input.group == 0) return {nullptr, nullptr, nullptr, input.x + p * input.k, input.k, 0};
+  if (input.group == 0) return {nullptr, nullptr, nullptr, input.x + p * input.stride, input.stride, 0};
   const int64_t groups = input.k / input.group;
-  return {input.q + p * input.k, input.scale + p * groups, input.sum + p * groups,
-          nullptr,               input.k,                  groups};
+  return {input.q + p * input.stride, input.scale + p * groups, input.sum + p * groups,
+          nullptr,                    input.stride,             groups};
 }
 
 // Rows of x per pass: few enough for the cache, many enough to pay for expanding the weights.

@@ -154,7 +154,7 @@ inline void direct_rows(const Tile& tile, const Rows& rows, float* out) {
     clear<T>(total);
     each_step<K>(tile, g, [&](int64_t s, int quarter, int8x16_t codes) {
       for (int t = 0; t < T; ++t) {
-        const int8x16_t x = spread(q + t * rows.k + s * STEP);
+        const int8x16_t x = spread(q + t * rows.stride + s * STEP);
         total[t][quarter] = vdotq_s32(total[t][quarter], codes, x);
       }
     });
@@ -183,7 +183,7 @@ inline void float_rows(const Tile& tile, const Rows& rows, float* out) {
       const float32x4_t w = weights<K>(tile, k, quarter);
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
-        y[t][quarter] = vfmaq_n_f32(y[t][quarter], w, rows.x[t * rows.k + k]);
+        y[t][quarter] = vfmaq_n_f32(y[t][quarter], w, rows.x[t * rows.stride + k]);
       }
     }
   }

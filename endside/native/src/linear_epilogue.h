@@ -47,19 +47,36 @@ static inline void silu_mul(const float* gate, const float* up, float* out) {
   std::memcpy(out, &y, sizeof y);
 }
 
+// out (8) = alpha * y, or out += alpha * y
+static inline void finish_eight(bool add, float alpha, const float* y, float* out) {
+  Eight sum = {}, term;
+  std::memcpy(&term, y, sizeof term);
+  term = term * alpha;
+  if (add) {
+    std::memcpy(&sum, out, sizeof sum);
+    term = sum + term;
+  }
+  std::memcpy(out, &term, sizeof term);
+}
+
 // y (count, 16): columns n .. n + 16 of W's rows, those below `end` exist; rows first ... of out.
 static inline void finish(const Epilogue& epilogue, const float* y, int64_t first, int64_t count,
                           int64_t n, int64_t end) {
   const int64_t columns = end - n < ROW_TILE ? end - n : ROW_TILE;
   const float alpha = epilogue.alpha;
+  const bool add = epilogue.then == Then::add;
   for (int64_t p = 0; p < count; ++p, y += ROW_TILE) {
     float* const row = epilogue.out + (first + p) * epilogue.stride;
     if (epilogue.then == Then::silu_mul) {
       silu_mul(y, y + ROWS, row + n / 2);
-    } else if (epilogue.then == Then::add) {
-      for (int64_t i = 0; i < columns; ++i) row[n + i] += alpha * y[i];
+    } else if (columns == ROW_TILE) {
+      finish_eight(add, alpha, y, row + n);
+      finish_eight(add, alpha, y + ROWS, row + n + ROWS);
     } else {
-      for (int64_t i = 0; i < columns; ++i) row[n + i] = alpha * y[i];
+      for (int64_t i = 0; i < columns; ++i) {
+        const float term = alpha * y[i];
+        row[n + i] = add ? row[n + i] + term : term;
+      }
     }
   }
 }

@@ -56,7 +56,7 @@ struct Neon {
     Sums<T> total;
     clear<T>(total);
     for (int64_t s = 0; s < tile.group / STEP; s += LOOK) {
-      look<T>(codes + s * 64, q + s * STEP, rows.k, total);
+      look<T>(codes + s * 64, q + s * STEP, rows.stride, total);
     }
     add_group<K, T>(tile, g, rows, total, out);
   }

@@ -85,7 +85,7 @@ struct NeonI8mm {
       for (int pair = 0; pair < PAIRS; ++pair) squares[i][pair] = vdupq_n_s32(0);
     }
     for (int64_t s = 0; s < tile.group / STEP; s += 2) {
-      square_steps<T>(codes + s * 64, q + s * STEP, rows.k, squares);
+      square_steps<T>(codes + s * 64, q + s * STEP, rows.stride, squares);
     }
     Sums<T> total;
     untangle<T>(squares, total);

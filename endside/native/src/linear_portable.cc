@@ -102,7 +102,7 @@ struct Portable {
                               : from_bf16(reinterpret_cast<const uint16_t*>(block)[at]);
       }
       for (int t = 0; t < T; ++t) {
-        const float x = rows.x[t * rows.k + k];
+        const float x = rows.x[t * rows.stride + k];
         for (int64_t r = 0; r < ROW_TILE; ++r) y[t][r] = fused(w[r], x, y[t][r]);
       }
     }

@@ -77,14 +77,14 @@ static inline void prepare_rows(const Input& input, const float* x, int64_t widt
     const float* const row = x + p * width;
     const float inverse = norm_weight ? inverse_rms(row, width, eps) : 1.0f;
     if (input.group == 0) {
-      scale_row(row, norm_weight, inverse, width, input.k, input.x + p * input.k);
+      scale_row(row, norm_weight, inverse, width, input.k, input.x + p * input.stride);
     }
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t at = g * input.group, left = width > at ? width - at : 0;
       const float* const weight = norm_weight ? norm_weight + at : nullptr;
       const int64_t count = left < input.group ? left : input.group;
       scale_row(row + at, weight, inverse, count, input.group, part);
-      quantize_group(part, input.group, input.q + p * input.k + at, input.scale + p * groups + g,
+      quantize_group(part, input.group, input.q + p * input.stride + at, input.scale + p * groups + g,
                      input.sum + p * groups + g);
     }
   }
