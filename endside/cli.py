@@ -28,6 +28,7 @@ VERBS = {
     "sft": "fine-tune on conversations: CONFIG.toml [key=value ...]",
     "qat": "train a model in ternary or int4 weights: CONFIG.toml [key=value ...]",
     "draft": "speculation: count token frequencies (rank), train a draft head (train)",
+    "plan": "memory and time of a training run on N devices, before it starts",
     "plot": "loss curves of one or more runs as a PNG",
     "trace": "where two executors diverge on one prompt, stage by stage",
     "size": "lines per room of this package",

@@ -61,11 +61,7 @@ class Team:
 
     def __init__(self, cfg: ParallelConfig, world: World, device: str = "cpu") -> None:
         self.config, self.world, self.device = cfg, world, device
-        if world.size % cfg.tensor:
-            raise UserError(
-                f"parallel.tensor {cfg.tensor} does not divide the {world.size} processes of this "
-                "run: start a multiple of it with torchrun, or lower it"
-            )
+        check_shares(cfg, world)
         self.data = World(world.rank // cfg.tensor, world.size // cfg.tensor, world.local_rank)
         self._mesh: Any = None
         if world.size > 1:
@@ -86,11 +82,7 @@ class Team:
 
     def rows(self, batch: int) -> int:
         """How many of a batch's rows are this process's."""
-        if batch % self.data.size:
-            raise UserError(
-                f"batch {batch} cannot be split evenly over {self.data.size} processes: make it a "
-                "multiple, or start fewer"
-            )
+        check_shares(self.config, self.world, batch)
         return batch // self.data.size
 
     def spread(self, model: nn.Module, precision: str = "float32") -> nn.Module:
@@ -170,6 +162,21 @@ class Team:
 
         self.agree(once)
         return result[0] if result else act()
+
+
+def check_shares(cfg: ParallelConfig, world: World, batch: int | None = None) -> None:
+    """Raise UserError unless processes, and the rows of a batch, can be dealt out evenly."""
+    if world.size % cfg.tensor:
+        raise UserError(
+            f"parallel.tensor {cfg.tensor} does not divide the {world.size} processes of this "
+            "run: start a multiple of it, or lower it"
+        )
+    data = world.size // cfg.tensor
+    if batch is not None and batch % data:
+        raise UserError(
+            f"batch {batch} cannot be split evenly over {data} processes: make it a multiple, or "
+            "start fewer"
+        )
 
 
 ALONE = Team(ParallelConfig(), World())

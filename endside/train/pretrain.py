@@ -153,11 +153,17 @@ def read_config(
 ) -> Config:
     """A configuration from TOML and overrides, with `model.preset` filled in."""
     data = configuration.override(configuration.read(path), overrides)
-    model = data.get("model")
-    if isinstance(model, dict) and "preset" in model:
-        base = dataclasses.asdict(preset(model.pop("preset")))
-        data["model"] = _merge(base, model)
+    if isinstance(data.get("model"), dict):
+        data["model"] = model_table(data["model"])
     return configuration.build(kind, data, source=str(path))
+
+
+def model_table(model: dict[str, Any]) -> dict[str, Any]:
+    """`[model]` with its preset, where it names one, filled in."""
+    if "preset" not in model:
+        return model
+    over = {key: value for key, value in model.items() if key != "preset"}
+    return _merge(dataclasses.asdict(preset(model["preset"])), over)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
