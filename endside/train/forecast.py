@@ -15,7 +15,7 @@ own behind work, sums of tensor parallelism and of replicas come on top.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from endside.model.config import ModelConfig
 from endside.model.flops import parameters, training_flops
@@ -39,7 +39,7 @@ class Work:
     bf16: bool = False
     recompute: bool = False  # activation checkpointing: a block's input is kept alone
     chunk: int = 0  # tokens whose logits exist at once; 0: all
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,8 @@ def _steps(work: Work, device: Device) -> Iterator[tuple[str, Work, Device]]:
         batch = max(work.batch, data_size(work, count))
         work = replace(work, batch=batch, accumulate=max(1, rows // batch))
         text = f"batch = {batch}, accumulate = {work.accumulate}"
-        yield f"{count} devices with parallel.shard = fsdp, {text}", work, replace(
-            device, count=count
+        yield (
+            f"{count} devices with parallel.shard = fsdp, {text}",
+            work,
+            replace(device, count=count),
         )

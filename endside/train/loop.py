@@ -140,8 +140,7 @@ def loop(
         last = step == cfg.steps
         if evaluate and (last or (cfg.eval_every and step % cfg.eval_every == 0)):
             with products.exact():
-                clock.evaluated(step, _evaluate(model, evaluate, averages))
-            team.settle(model)
+                clock.evaluated(step, _evaluate(training, evaluate))
         # The main process's clock decides for all.
         if last or team.agree(partial(clock.checkpoint_due, step)):
             state = {"tokens": tokens, "phase": phase(step, cfg.steps, cfg.schedule)}
@@ -151,12 +150,15 @@ def loop(
     clock.close()
 
 
-def _evaluate(model: nn.Module, evaluate: Evaluate, averages: Averages | None) -> dict[str, float]:
+def _evaluate(training: _Training, evaluate: Evaluate) -> dict[str, float]:
     """The numbers of `evaluate`, and with an average of the weights also its, as ema_..."""
+    model, averages = training.model, training.averages
     values = evaluate(model)
+    training.team.settle(model)
     if averages is not None:
         with averages.in_place(model):
             values = {**values, **{f"ema_{k}": v for k, v in evaluate(model).items()}}
+            training.team.settle(model)
     return values
 
 

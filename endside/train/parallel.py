@@ -89,6 +89,8 @@ class Team:
         """Split the model as the configuration says; every process gives the same whole one."""
         if self.alone:
             return model
+        if self.config.tensor > 1 and precision == "fp8":
+            raise UserError("precision fp8 needs whole projections: use parallel.tensor = 1")
         if self.config.tensor > 1:
             _split_projections(model, self._mesh["tensor"])
         if self.config.shard == "fsdp":

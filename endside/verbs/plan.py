@@ -94,7 +94,7 @@ def _read(flags: Plan) -> PretrainConfig:
         return pretrain.read_config(flags.config, flags.overrides)
     data = configuration.override(
         {
-            "model": {"preset": flags.config}, "data": {"shards": ""}, "steps": 1000,
+            "model": {"preset": flags.config}, "data": {"shards": "unread"}, "steps": 1000,
             "precision": "bfloat16", "device": "cuda", "batch": 8,
         },
         flags.overrides,
@@ -115,6 +115,7 @@ def work_of(cfg: PretrainConfig) -> Work:
         seq_len=cfg.seq_len,
         accumulate=cfg.accumulate,
         bf16=cfg.precision != "float32",
+        recompute=cfg.checkpoint_activations,
         chunk=cfg.loss.chunk,
         parallel=cfg.parallel,
     )
@@ -138,14 +139,18 @@ def _device(flags: Plan, cfg: PretrainConfig) -> tuple[Device, str]:
     if not missing:
         return Device(flags.devices, **given), "given"
     if cfg.device == "cpu":
-        known, source = this_machine(cfg.precision, flags.devices), "measured here"
+        width = cfg.model.hidden_size
+        known, source = this_machine(cfg.precision, width, flags.devices), "measured here"
     else:
         known, source = ASSUMED, "assumed of an H100"
     return Device(flags.devices, **{**known, **given}), f"{source}: {', '.join(missing)}"
 
 
-def this_machine(precision: str, processes: int = 1) -> dict[str, float]:
-    """What one of `processes` gets of this machine's processor and memory."""
+def this_machine(precision: str, width: int, processes: int = 1) -> dict[str, float]:
+    """What one of `processes` gets of this machine's processor and memory, in products of `width`.
+
+    A processor's rate falls for small matrices, so it is asked with such as the model has.
+    """
     import torch
 
     from endside.engine.measure import bandwidth
@@ -157,7 +162,7 @@ def this_machine(precision: str, processes: int = 1) -> dict[str, float]:
     # Processes of one machine hand messages over through its memory, in and out.
     return {
         "memory": machine / processes,
-        "flops": measure(dtype) / processes,
+        "flops": measure(dtype, min(1024, max(128, width))) / processes,
         "memory_rate": rate / processes,
         "link_rate": rate / processes / 2,
     }

@@ -94,6 +94,24 @@ def test_losses_are_those_of_one_process(run, size: int, kind: tuple[str, ...]) 
     torch.testing.assert_close(*exported, rtol=0, atol=1e-3)
 
 
+def test_everything_a_step_can_do_is_shared(run) -> None:
+    """MTP, z-loss, recomputed activations, averaged weights: on the same batches of two rows."""
+    extras = (
+        "model.mtp_layers=1", "loss.z_weight=1e-3", "loss.chunk=32", "checkpoint_activations=true",
+        "ema=0.9", "export=ema",
+    )  # fmt: skip
+    together = run(2, FSDP, *extras)
+    alone = run(1, "batch=2", "accumulate=4", *extras)
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (together, alone))
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.keys() == two.keys()
+        for key in one.keys() & {*NUMBERS, "mtp_loss", "z_loss", "ema_heldout_loss"}:
+            assert one[key] == pytest.approx(two[key], rel=0, abs=1e-5), key
+    assert {"mtp_loss", "z_loss"} <= ours[0].keys() and "ema_heldout_loss" in ours[-1]
+    exported = [hf.load(folder / "model").state_dict() for folder in (together, alone)]
+    torch.testing.assert_close(*exported, rtol=0, atol=1e-3)
+
+
 def digests(run: Path) -> dict[str, str]:
     folder = run / "checkpoints" / "step_20"
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
