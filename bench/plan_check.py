@@ -4,9 +4,9 @@
 
 Each case trains in a process of its own, through the product's own loop. Memory is what the process
 grew by at its worst moment (VmHWM, before the checkpoint), so the allocator's waste counts as error
-of the forecast. Time is that of the median step, predicted from a product rate and a memory rate measured
-just before; all three are processor time, so that other work on the machine does not count. The
-exit code is 1 where a case is off by more than FACTOR.
+of the forecast. Time is that of the median step, predicted from a product rate and a memory rate
+measured just before; all three are processor time, so that other work on the machine does not
+count. The exit code is 1 where a case is off by more than FACTOR.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from statistics import median
 from pathlib import Path
+from statistics import median
 
 import torch
 
