@@ -112,8 +112,12 @@ class SftConfig:
                 f"ema is {self.ema} and export {self.export!r}: ema is a decay from 0 (none is "
                 "kept) to below 1, and must be kept to be exported"
             )
-        if self.precision == "fp8" and (self.lora.rank or self.parallel.tensor > 1):
-            raise UserError("precision fp8 multiplies whole trained matrices: no lora, no tensor")
+        special = (self.precision == "fp8", self.lora.rank > 0, self.parallel.tensor > 1)
+        if sum(special) > 1:
+            raise UserError(
+                "precision fp8, lora.rank and parallel.tensor each have projections of their own: "
+                "use one of them"
+            )
         wsd.check(self.steps, self.schedule)
 
 

@@ -19,6 +19,7 @@ from endside.config import dump
 from endside.data.conversation_rows import best_fit, stack
 from endside.data.conversations import Example
 from endside.errors import UserError
+from endside.formats import hf
 from endside.log import read_metrics
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
@@ -29,6 +30,7 @@ from endside.train.losses import LossConfig, next_token
 from endside.train.pretrain import PretrainConfig
 from endside.train.sft import SftConfig
 from endside.verbs import sft as verb
+from tests.train.processes import Nursery
 from tests.train.sums import small, write_start, write_sums
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "sft.json"
@@ -257,6 +259,41 @@ def test_starts(
         sft.open_start(str(tuned_run.path / "checkpoints" / "step_2"))
 
 
+@pytest.mark.parametrize(
+    ("rank", "shard"),
+    [
+        (0, "fsdp"),
+        (3, "replicate"),
+        pytest.param(0, "replicate", marks=pytest.mark.slow),
+        pytest.param(3, "fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_are_as_one(tuned: SftConfig, tmp_path: Path, rank: int, shard: str) -> None:
+    """All weights or adapters, copied to each process or split over both."""
+    path = tmp_path / "mine.toml"
+    path.write_text(dump(replace(tuned, steps=8, schedule=replace(tuned.schedule, decay=2))))
+    nursery = Nursery(tmp_path)
+
+    def run(size: int, *more: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+        folder = tmp_path / f"{size}{''.join(more)}"
+        codes = nursery.run(size, ["sft", str(path), f"run={folder}", *more])
+        assert codes == [0] * size, nursery.log(codes.index(max(codes)))
+        found = [
+            record[key] for record in read_metrics(folder / "metrics.jsonl")
+            for key in ("loss", "gradient_norm", "heldout_loss") if key in record
+        ]  # fmt: skip
+        return found, hf.load(folder / "model").state_dict()
+
+    try:
+        losses, weights = run(1, f"lora.rank={rank}")
+        assert losses[0] > losses[-3] + 0.05, "nothing was learnt, so nothing is compared"
+        others, same = run(2, f"lora.rank={rank}", f"parallel.shard={shard}")
+        assert others == pytest.approx(losses, rel=0, abs=1e-5)
+        torch.testing.assert_close(same, weights, rtol=0, atol=1e-3)
+    finally:
+        nursery.close()
+
+
 def test_the_verb_runs_a_file_and_prints_the_model(
     tuned: SftConfig, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -292,7 +329,7 @@ def test_configurations_that_contradict_themselves(tuned: SftConfig) -> None:
         ({"steps": 0}, "steps is 0"),
         ({"eval_every": -1}, "at least 0"),
         ({"export": "ema"}, "ema is 0.0 and export 'ema'"),
-        ({"precision": "fp8", "lora": LoraConfig(rank=2)}, "no lora"),
+        ({"precision": "fp8", "lora": LoraConfig(rank=2)}, "use one of them"),
     ):
         with pytest.raises(UserError, match=part):
             replace(tuned, **change)
