@@ -10,7 +10,7 @@ from endside.model.attention import Attention
 from endside.model.batch import Batch
 from endside.model.cache import Cache
 from endside.model.config import ModelConfig
-from endside.model.linear import Linear, MakeLinear
+from endside.model.linear import Linear, MakeLinear, narrowed
 from endside.ops.rmsnorm import rmsnorm
 from endside.ops.swiglu.reference import swiglu
 
@@ -77,5 +77,5 @@ class Block(nn.Module):
         batch: Batch,
         cache: Cache | None,
     ) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, batch, cache) * self.scale
-        return x + self.mlp(self.post_attention_layernorm(x)) * self.scale
+        x = x + self.self_attn(narrowed(self.input_layernorm(x)), rope, batch, cache) * self.scale
+        return x + self.mlp(narrowed(self.post_attention_layernorm(x))) * self.scale

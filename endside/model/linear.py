@@ -27,3 +27,9 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out)."""
         return self.product(x, self.weight)
+
+
+def narrowed(x: torch.Tensor) -> torch.Tensor:
+    """x as every projection under autocast would cast it, once for all that read it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

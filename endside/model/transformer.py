@@ -20,6 +20,8 @@ from endside.model.cache import Cache
 from endside.model.config import ModelConfig
 from endside.model.heads import MTP
 from endside.model.linear import Linear, MakeLinear
+from endside.ops.cross_entropy.reference import cross_entropy
+from endside.ops.head_loss.fused import head_loss as fused_head_loss
 from endside.ops.linear.reference import linear
 from endside.ops.rope.frequencies import inverse_frequencies
 from endside.ops.rope.reference import tables
@@ -88,6 +90,17 @@ class Transformer(nn.Module):
         tied = self.config.tie_word_embeddings
         logits = linear(scaled, self.embed_tokens.weight) if tied else self.lm_head(scaled)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def head_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """hidden (B, T, C), targets (B, T) -> cross entropy of `logits`, mean over the targets.
+
+        Where the head is one plain matrix the logits are never all there at once.
+        """
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        plain = type(head) is nn.Embedding or (type(head) is Linear and head.product is linear)
+        if plain and type(self) is Transformer and type(head.weight.data) is torch.Tensor:
+            return fused_head_loss(hidden, head.weight, targets, self.config.logit_divisor)
+        return cross_entropy(self.logits(hidden), targets)
 
     def predict_further(
         self, hidden: torch.Tensor, next_tokens: torch.Tensor, batch: Batch

@@ -15,8 +15,12 @@ OPS: dict[str, dict[str, str]] = {
     "rmsnorm": {
         "reference": "endside.ops.rmsnorm.reference:rmsnorm",
         "native": "endside.ops.rmsnorm.native:rmsnorm",
+        "fused": "endside.ops.rmsnorm.fused:rmsnorm",
     },
-    "rope": {"reference": "endside.ops.rope.reference:rotate"},
+    "rope": {
+        "reference": "endside.ops.rope.reference:rotate",
+        "fused": "endside.ops.rope.fused:rotate",
+    },
     "swiglu": {"reference": "endside.ops.swiglu.reference:swiglu"},
     "linear": {"reference": "endside.ops.linear.reference:linear"},
     "attention": {
@@ -26,6 +30,10 @@ OPS: dict[str, dict[str, str]] = {
         "varlen": "endside.ops.attention.varlen:attend",
     },
     "cross_entropy": {"reference": "endside.ops.cross_entropy.reference:cross_entropy"},
+    "head_loss": {
+        "reference": "endside.ops.head_loss.reference:head_loss",
+        "fused": "endside.ops.head_loss.fused:head_loss",
+    },
     "infllm": {
         "reference": "endside.ops.infllm.reference:attend",
         "vectorised": "endside.ops.infllm.vectorised:attend",

@@ -65,7 +65,10 @@ def next_token(config: LossConfig) -> LossFn:
         targets = shifted_targets(batch, 1)
         count = (targets != IGNORE).sum()
         term = _with_z if config.z_weight else cross_entropy
-        mean = chunked(model.logits, hidden, targets, chunk=config.chunk, term=term)
+        if config.chunk or config.z_weight:
+            mean = chunked(model.logits, hidden, targets, chunk=config.chunk, term=term)
+        else:
+            mean = model.head_loss(hidden, targets)
         total, parts = mean, {}
         if config.z_weight:
             mean, z = mean.unbind()
@@ -73,7 +76,10 @@ def next_token(config: LossConfig) -> LossFn:
         if model.mtp is not None and config.mtp_weight:
             further = model.look_further(hidden, batch.tokens[:, 1:], inputs)
             later = shifted_targets(batch, 2)
-            mtp = chunked(model.logits, further, later, chunk=config.chunk)
+            if config.chunk:
+                mtp = chunked(model.logits, further, later, chunk=config.chunk)
+            else:
+                mtp = model.head_loss(further, later)
             total, parts["mtp_loss"] = total + config.mtp_weight * mtp, mtp.detach()
         return Loss(total * count, mean.detach(), count, parts)
 

@@ -40,6 +40,10 @@ def _inputs(op: str, size: int) -> tuple[list[torch.Tensor], tuple]:
         targets = torch.randint(0, 11, (2, size), generator=make)
         targets[0, 0] = IGNORE
         return [normal(2, size, 11) * 4], (targets,)
+    if op == "head_loss":
+        targets = torch.randint(0, 29, (2, size), generator=make)
+        targets[0, 0] = IGNORE
+        return [normal(2, size, 12) * 4, normal(29, 12)], (targets, 3.0)
     raise AssertionError(f"no inputs are written for {op}: add them")
 
 

@@ -23,6 +23,7 @@ from endside.formats import hf
 from endside.log import read_metrics
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
+from endside.ops.cross_entropy.reference import cross_entropy
 from endside.tokenizer import Tokenizer
 from endside.train import pretrain, sft
 from endside.train.lora import LoraConfig
@@ -138,6 +139,9 @@ def test_the_gradient_of_the_masked_loss_is_the_slope_of_its_formula() -> None:
 
         def logits(self, states: torch.Tensor) -> torch.Tensor:
             return states @ head.T
+
+        def head_loss(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(self.logits(states), targets)
 
     def formula(states: torch.Tensor) -> float:
         total, at = 0.0, 0

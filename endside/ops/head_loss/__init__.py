@@ -1,0 +1,1 @@
+"""The output head and its loss in one operation, so that logits live by pieces."""
