@@ -31,7 +31,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         _remove_dead(target)
         part.mkdir()
         yield part
-        for file in part.iterdir():
+        for file in part.rglob("*"):
             sync(file)
         sync(part)
         discard(target)

@@ -55,7 +55,8 @@ def join(device: str, seconds: float) -> None:
     import torch
     from torch import distributed
 
-    backend = "nccl" if device == "cuda" else "gloo"
+    # Plain objects, such as who writes where, are told over gloo.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if device == "cuda":
         torch.cuda.set_device(world().local_rank)
     distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from endside import dist
 from endside.data.loader import TokenBatch
 from endside.errors import UserError
 from endside.train.ema import Averages
@@ -111,6 +112,8 @@ def loop(
     evaluate(model) -> numbers to log, every `cfg.eval_every` steps and after the last one. Raises
     UserError when the loss stops being a number; the last checkpoint is then still good.
     """
+    if team.alone and dist.world().size > 1:
+        raise UserError("this stage trains in one process: start it without torchrun")
     averages = Averages(model, cfg.ema) if cfg.ema else None
     optimizer = make_optimizer(model, cfg.optim)
     training = _Training(model, optimizer, batches, averages, Spikes(cfg.spikes), team)
@@ -261,19 +264,22 @@ def _optimise(training: _Training, products: Products, loss_fn: LossFn, cfg: Loo
 def _save(training: _Training, run: RunFolder, *, step: int, state: dict[str, Any]) -> None:
     version, words, gauss = random.getstate()
     team = training.team
-    parts = {
-        "model": team.gather(training.model.state_dict()),
-        "optimizer": team.gather(state_tensors(training.optimizer)),
-        "rng": {"torch": torch.get_rng_state(), "python": torch.tensor(words), **_cuda_random()},
-    }
+    parts = {"model": training.model.state_dict(), "optimizer": state_tensors(training.optimizer)}
     if training.averages is not None:
-        parts["ema"] = team.gather(training.averages.tensors())
-    if team.main:
-        state = {
-            **state, "data": training.batches.state(), "spikes": training.spikes.state(),
-            "python_random": [version, gauss],
-        }  # fmt: skip
-        run.save(step, parts, state)
+        parts["ema"] = training.averages.tensors()
+    split = parts if team.splits_checkpoints else {}
+    whole = {name: team.gather(parts[name]) for name in parts if name not in split}
+    if not team.main:
+        if split:
+            team.write(split, None)
+        return
+    state = {
+        **state, "data": training.batches.state(), "spikes": training.spikes.state(),
+        "python_random": [version, gauss],
+    }  # fmt: skip
+    rng = {"torch": torch.get_rng_state(), "python": torch.tensor(words), **_cuda_random()}
+    fill = partial(team.write, split) if split else None
+    run.save(step, {**whole, "rng": rng}, state, fill=fill)
 
 
 def _cuda_random() -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ parameters' names, so a reordered model still finds its moments.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,7 +100,9 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     }
 
 
-def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def load_state_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+) -> None:
     """Put back what `state_tensors` gave; raises UserError when it belongs to another model."""
     named = dict(_named(optimizer))
     expected = {f"{name}.{moment}" for name in named for moment in _MOMENTS} if tensors else set()

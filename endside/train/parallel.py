@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -34,6 +35,7 @@ from endside.errors import UserError
 from endside.model.block import MLP, Attention, Block
 from endside.model.config import ModelConfig
 from endside.model.linear import Linear
+from endside.train import sharded
 
 T = TypeVar("T")
 BUCKET = 1 << 24  # elements summed in one message: large enough to be bound by bandwidth
@@ -139,6 +141,17 @@ class Team:
             if self.main:
                 kept[name] = full.cpu()
         return kept
+
+    @property
+    def splits_checkpoints(self) -> bool:
+        """Whether every process writes its own parts."""
+        return not self.alone and self.config.checkpoint == "sharded"
+
+    def write(self, parts: Mapping[str, Mapping[str, torch.Tensor]], folder: Path | None) -> None:
+        """Write every process's own parts of tensors below the main process's `folder`."""
+        place = self.agree(lambda: folder)
+        for name, tensors in parts.items():
+            sharded.write(tensors, place / name)
 
     def agree(self, decide: Callable[[], T]) -> T:
         """What `decide` gives in the main process, everywhere; its UserError too."""

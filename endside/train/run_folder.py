@@ -3,7 +3,8 @@
     config.toml              the resolved configuration, fixed when the run starts
     run.json                 seed, commit, versions, machine
     metrics.jsonl            one line per step
-    checkpoints/step_N/      model, optimizer and rng .safetensors, trainer.json, manifest.json
+    checkpoints/step_N/      model, optimizer and rng .safetensors, trainer.json, manifest.json;
+                             model/ and optimizer/ where several processes wrote their own parts
     lock                     held by the process that trains
 
 A checkpoint appears by a rename, after its files are on the disk; its manifest holds the size and
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ from endside.checkpoint import read_json
 from endside.errors import UserError
 from endside.log import Metrics, Progress, keep_until
 from endside.shards import digest
+from endside.train.sharded import Parts
 
 T = TypeVar("T")
 FORMAT = 1
@@ -57,13 +59,17 @@ class Saved:
     state: dict[str, Any]
     foreign: bool = False  # of another run, from which this one branches
 
-    def tensors(self, part: str) -> dict[str, torch.Tensor]:
-        """The tensors of "model", "optimizer", "ema" or "rng", mapped from the disk."""
-        return load_file(self.folder / f"{part}.safetensors")
+    def tensors(self, part: str) -> Tensors:
+        """The tensors of "model", "optimizer", "ema" or "rng", mapped from the disk.
+
+        What several processes wrote is put together tensor by tensor, as each is asked for.
+        """
+        split = self.folder / part
+        return Parts(split) if split.is_dir() else load_file(self.folder / f"{part}.safetensors")
 
     def has(self, part: str) -> bool:
         """Whether the run kept such tensors."""
-        return (self.folder / f"{part}.safetensors").is_file()
+        return (self.folder / f"{part}.safetensors").is_file() or (self.folder / part).is_dir()
 
 
 def read_checkpoint(folder: Path) -> Saved:
@@ -202,8 +208,18 @@ class RunFolder:
         keep_until(path, step)
         self.metrics = Metrics(path)
 
-    def save(self, step: int, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of `step`, then remove the oldest ones past `keep`."""
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Tensors],
+        state: Mapping[str, Any],
+        *,
+        fill: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Write the checkpoint of `step`, then remove the oldest ones past `keep`.
+
+        fill(folder) writes what several processes write together, into folders of its own.
+        """
         if self.metrics is not None:
             self.metrics.sync()
         target = self._checkpoints / f"step_{step}"
@@ -211,13 +227,18 @@ class RunFolder:
             for name, tensors in parts.items():
                 whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
                 _write_tensors(whole, part / f"{name}.safetensors")
+            if fill is not None:
+                fill(part)
             (part / STATE).write_text(
                 json.dumps({**state, "step": step}, indent=1), encoding="utf-8"
             )
             files = {
-                file.name: {"bytes": file.stat().st_size, "sha256": digest(file)}
-                for file in sorted(part.iterdir())
-            }
+                file.relative_to(part).as_posix(): {
+                    "bytes": file.stat().st_size, "sha256": digest(file),
+                }
+                for file in sorted(part.rglob("*"))
+                if file.is_file()
+            }  # fmt: skip
             (part / MANIFEST).write_text(
                 json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8"
             )

@@ -169,6 +169,29 @@ def test_a_run_resumes_on_another_number_of_processes(
     assert_close(folder, run(1))
 
 
+def test_every_process_can_write_its_own_parts(
+    run, nursery: Nursery, config: Path, tmp_path: Path
+) -> None:
+    """checkpoint = sharded: no pickle, verified, read whole by one process."""
+    argv = ["pretrain", str(config), f"run={tmp_path}", FSDP, "parallel.checkpoint=sharded"]
+    children = nursery.start(2, argv)
+    end = time.monotonic() + 60
+    while last_step(tmp_path) < 12:
+        assert time.monotonic() < end, "the run did not get to the moment of its death"
+    os.kill(children[1], signal.SIGKILL)
+    assert nursery.wait()[1] == -signal.SIGKILL
+    folders = (tmp_path / "checkpoints").glob("step_*")
+    newest = max(folders, key=lambda folder: int(folder.name.removeprefix("step_")))
+    files = {f.relative_to(newest).as_posix() for f in newest.rglob("*") if f.is_file()}
+    assert {f.rpartition(".")[2] for f in files} == {"safetensors", "json"}
+    assert len([f for f in files if f.startswith("model/")]) == 2
+    listed = json.loads((newest / "manifest.json").read_text())["files"]
+    assert files == listed.keys() | {"manifest.json"}
+    assert nursery.run(1, argv) == [0]
+    assert f"resuming from {newest}" in nursery.log(0)
+    assert_close(tmp_path, run(1))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
