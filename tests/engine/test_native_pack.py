@@ -55,6 +55,15 @@ def test_the_second_start_maps_what_the_first_packed(
     assert codes is not None and codes.ctypes.data % 64 == 0 and not codes.flags.writeable
 
 
+def test_a_group_that_does_not_act_makes_no_other_pack(
+    model: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Floats have no groups: whatever is asked for, the same pack serves."""
+    _load(model, quant="none", group=32)
+    monkeypatch.setattr("endside.engine.executors.native.pack", lambda *_: 1 / 0)
+    _load(model, quant="none", group=64)
+
+
 def _flip(path: Path, place: int) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 16

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -344,7 +343,7 @@ def load(checkpoint: Checkpoint, config: ModelConfig, plan: Plan) -> NativeExecu
         if not table.plain:
             sink.add(EMBEDDING, np.ascontiguousarray(to_float(table.read())))
 
-    key = {"recipe": asdict(asked), "model": _identity(config)}
+    key = {"recipe": asked.name, "model": _identity(config)}  # a group that does not act is no key
     weights = cached(checkpoint, asked.name, key, build)
     embed = _embedding(table) if table.plain else weights.vectors[EMBEDDING].reshape(table.shape)
     return NativeExecutor(config, weights, embed, plan, context=context)
