@@ -288,6 +288,32 @@ def test_numbers_end(vocabulary: Vocabulary) -> None:
         constraint.advance(vocabulary.longest(b"7")[0])
 
 
+@pytest.mark.slow
+def test_json_of_the_public_suite_validates(test_data: Path) -> None:
+    """JSON-Schema-Test-Suite: a schema is refused before a token is written, or every answer fits.
+
+    Answers are random: a model that says one thing for ever would never end what has no bound.
+    """
+    place = test_data / "json-schema-test-suite" / "tests" / "draft2020-12"
+    if not place.is_dir():
+        pytest.skip(f"{place} is not there: it holds the suite's own tests folder")
+    fitting = refused = 0
+    for file in sorted(place.glob("*.json")):
+        for case in json.loads(file.read_text(encoding="utf-8")):
+            try:
+                grammar = Grammar.json_schema(case["schema"], VOCABULARIES["trained"])
+            except UserError:
+                refused += 1
+                continue
+            for seed in range(5):
+                text = write(grammar.start(STOPS), seed=seed, greedy=False)
+                found = json.loads(text.decode("utf-8"))
+                jsonschema.Draft202012Validator(case["schema"]).validate(found)
+            fitting += 1
+    print(f"{fitting} schemas with 5 answers each, all fitting; {refused} refused beforehand")
+    assert fitting >= 150, "more is refused than before"
+
+
 def test_listed_properties_are_all() -> None:
     vocabulary = VOCABULARIES["trained"]
     listed = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
