@@ -77,8 +77,11 @@ void Attend::prepare(const Span* spans, int64_t span_count, const float* q) {
     cut_tiles();
   }
   const float factor = step.shape.scale * 1.44269504088896341f;  // log2(e)
-  team.split(sizes.rows * step.shape.heads * sizes.width, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) rooms.q[i] = q[i] * factor;
+  const int64_t in = step.heads.heads * sizes.width, out_floats = step.heads.query_floats();
+  team.split(sizes.rows * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      step.kernels->prepare_query(step.heads, q + pair * in, factor, rooms.q + pair * out_floats);
+    }
   });
   team.barrier();
   const auto is_tree = [](const Span& span) { return span.parents != nullptr; };

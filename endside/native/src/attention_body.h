@@ -3,17 +3,16 @@
 // channels, so nothing is added across lanes but totals.
 #pragma once
 
-#include "attention_kernels.h"
-#include "product.h"
+#include "attention_common.h"
 
 namespace endside {
 namespace {
 
 constexpr int64_t BATCH = 4;  // queries whose scores stay in the first-level cache together
-constexpr int BLOCK_VECS = BLOCK / LANES;
-constexpr int HEAD_VECS = MAX_HEADS / LANES;
 
-inline Vec nothing() { return broadcast(-__builtin_inff()); }
+void prepare_query(const HeadShape& shape, const float* q, float factor, float* prepared) {
+  for (int64_t i = 0; i < shape.heads * shape.width; ++i) prepared[i] = q[i] * factor;
+}
 
 // Scores s (I, 64) of one query -> weights in place; the running peak, total are moved on, and
 // factor (I) is what earlier sums are to be multiplied by.
@@ -93,52 +92,6 @@ void attend_block(const HeadShape& shape, const Block& block, const Query* queri
   }
 }
 
-// into (peak, total) = with the part added; the factors of both are left in `own` and `other` (16).
-inline void add_totals(int64_t heads, float* peak, float* total, const float* part_peak,
-                       const float* part_total, float* own, float* other) {
-  for (int64_t head = 0; head < MAX_HEADS; ++head) own[head] = other[head] = 0;
-  for (int64_t head = 0; head < heads; ++head) {
-    const float best = part_peak[head] > peak[head] ? part_peak[head] : peak[head];
-    own[head] = peak[head] - best;
-    other[head] = part_peak[head] - best;
-    peak[head] = best;
-  }
-  for (int v = 0; v < HEAD_VECS; ++v) {
-    store(own + v * LANES, exp2(load(own + v * LANES)));
-    store(other + v * LANES, exp2(load(other + v * LANES)));
-  }
-  for (int64_t head = 0; head < heads; ++head) {
-    total[head] = scalar_fma(part_total[head], other[head], total[head] * own[head]);
-  }
-}
-
-void merge_totals(int64_t heads, float* peak, float* total, const float* part_peak,
-                  const float* part_total) {
-  float own[MAX_HEADS], other[MAX_HEADS];
-  add_totals(heads, peak, total, part_peak, part_total, own, other);
-}
-
-void merge(const HeadShape& shape, const Softmax& into, const Softmax& part) {
-  float own[MAX_HEADS], other[MAX_HEADS];
-  add_totals(shape.heads, into.peak, into.total, part.peak, part.total, own, other);
-  for (int64_t head = 0; head < shape.heads; ++head) {
-    float* sum = into.sum + head * shape.stride;
-    const float* more = part.sum + head * shape.stride;
-    const Vec left = broadcast(own[head]), right = broadcast(other[head]);
-    for (int64_t d = 0; d < shape.stride; d += LANES) {
-      store(sum + d, fma(load(more + d), right, mul(load(sum + d), left)));
-    }
-  }
-}
-
-void finish(const HeadShape& shape, const Softmax& state, float* out) {
-  for (int64_t head = 0; head < shape.heads; ++head) {
-    const float inverse = 1.0f / state.total[head];
-    const float* sum = state.sum + head * shape.stride;
-    for (int64_t d = 0; d < shape.width; ++d) out[head * shape.width + d] = sum[d] * inverse;
-  }
-}
-
 // Scores s (I, slots) of all slots of a chunk; those of extras take the place of the cache's.
 template <class T>
 void score_cells(const HeadShape& shape, const float* q, const Slots& slots, float* s) {
@@ -150,11 +103,12 @@ void score_cells(const HeadShape& shape, const float* q, const Slots& slots, flo
            shape.heads, slots.slots);
 }
 
-inline void score_slots(const HeadShape& shape, const float* q, const Slots& slots, float* s) {
+inline void score_slots(const HeadShape& shape, const View& view, const Slots& slots, float* s) {
+  const float* q = view.q;
   if (slots.cell == Cell::f16) score_cells<F16>(shape, q, slots, s);
   if (slots.cell == Cell::bf16) score_cells<BF16>(shape, q, slots, s);
-  for (int64_t i = 0; i < slots.extra_count; ++i) {
-    const Extra& extra = slots.extras[i];
+  for (int64_t i = 0; i < view.extra_count; ++i) {
+    const Extra& extra = view.extras[i];
     for (int64_t head = 0; head < shape.heads; ++head) {
       float sum = 0;  // the same sum as in `tile`
       for (int64_t d = 0; d < shape.width; ++d) {
@@ -165,87 +119,26 @@ inline void score_slots(const HeadShape& shape, const float* q, const Slots& slo
   }
 }
 
-template <int VECS>
-inline void slot_totals(const Slots& slots, const float* row, float* peak, float* total) {
-  Vec x[VECS];
-  Vec best = nothing();
-  for (int v = 0; v < VECS; ++v) {
-    x[v] = first(static_cast<int>(slots.end) - v * LANES, load(row + v * LANES), nothing());
-    if (v * LANES < slots.begin) {
-      x[v] = first(static_cast<int>(slots.begin) - v * LANES, nothing(), x[v]);
-    }
-    best = max(best, x[v]);
-  }
-  *peak = max_of(best);
-  *total = fold<VECS>([&](int v) { return exp2(sub(x[v], broadcast(*peak))); });
-}
-
-void normalise(const HeadShape& shape, const float* q, const Slots& slots, float* peak,
-               float* total) {
-  if (slots.begin >= slots.end) return;
+void normalise(const HeadShape& shape, const Slots& slots, const View* views, int64_t count) {
   alignas(64) float s[MAX_HEADS * FINE_SLOTS];
-  float part_peak[MAX_HEADS], part_total[MAX_HEADS];
-  score_slots(shape, q, slots, s);
-  for (int64_t head = 0; head < shape.heads; ++head) {
-    const float* row = s + head * slots.slots;
-    if (slots.slots == COARSE_SLOTS) {
-      slot_totals<COARSE_SLOTS / LANES>(slots, row, part_peak + head, part_total + head);
-    } else {
-      slot_totals<FINE_SLOTS / LANES>(slots, row, part_peak + head, part_total + head);
-    }
+  for (int64_t i = 0; i < count; ++i) {
+    if (views[i].begin >= views[i].end) continue;
+    score_slots(shape, views[i], slots, s);
+    add_slots(shape.heads, slots.slots, views[i], s);
   }
-  merge_totals(shape.heads, peak, total, part_peak, part_total);
 }
 
-void score(const HeadShape& shape, const float* q, const Slots& slots, const float* lse,
-           float* out) {
+void score(const HeadShape& shape, const Slots& slots, const View* views, int64_t count) {
   alignas(64) float s[MAX_HEADS * FINE_SLOTS];
-  score_slots(shape, q, slots, s);
-  for (int64_t at = 0; at < FINE_SLOTS; at += LANES) {
-    Vec sum = zero();
-    for (int64_t head = 0; head < shape.heads; ++head) {
-      // a coarse normaliser may be below a fine logit, so the exponent may be positive
-      const Vec x = sub(load(s + head * FINE_SLOTS + at), broadcast(lse[head]));
-      sum = add(sum, exp2(min(x, broadcast(127.0f))));
-    }
-    sum = first(static_cast<int>(slots.end - at), sum, zero());
-    if (at < slots.begin) sum = first(static_cast<int>(slots.begin - at), zero(), sum);
-    store(out + at, sum);
+  for (int64_t i = 0; i < count; ++i) {
+    score_slots(shape, views[i], slots, s);
+    sum_heads(shape.heads, views[i], s);
   }
 }
 
-int64_t count_all(const float* x, int64_t count, float limit) {
-  int64_t found = 0;
-  const Vec bound = broadcast(limit);
-  for (int64_t i = 0; i < count; i += LANES) found += count_at_least(load(x + i), bound);
-  return found;
-}
-
-template <class T>
-void widen_cells(const void* from, float* to, int64_t count) {
-  const T* numbers = static_cast<const T*>(from);
-  for (int64_t i = 0; i < (count + 15) / 16 * 16; i += LANES) store(to + i, widen(numbers + i));
-}
-
-void widen_all(Cell cell, const void* from, float* to, int64_t count) {
-  switch (cell) {
-    case Cell::f16: return widen_cells<F16>(from, to, count);
-    case Cell::bf16: return widen_cells<BF16>(from, to, count);
-    case Cell::int8: return widen_cells<int8_t>(from, to, count);
-    case Cell::f32: return widen_cells<float>(from, to, count);
-  }
-}
-
-void narrow_all(Cell cell, const float* from, void* to, int64_t count) {
-  uint16_t* numbers = static_cast<uint16_t*>(to);
-  for (int64_t i = 0; i < (count + 15) / 16 * 16; i += LANES) {
-    if (cell == Cell::f16) store_f16(numbers + i, load(from + i));
-    if (cell == Cell::bf16) store_bf16(numbers + i, load(from + i));
-  }
-}
-
-constexpr AttentionKernels KERNELS = {attend_block, merge, finish,    normalise, merge_totals,
-                                      score,        count_all, widen_all, narrow_all};
+constexpr AttentionKernels KERNELS = {prepare_query, attend_block, merge,     finish,
+                                      normalise,     merge_totals, score,     count_all,
+                                      widen_all,     narrow_all};
 
 }  // namespace
 }  // namespace endside

@@ -1,8 +1,10 @@
 // The arithmetic of attention, one table of functions per instruction set.
 //
-// "Heads" are the I query heads of one key head, worked on together: q (I, D) has been multiplied
-// by scale * log2(e), so that all exponentials are powers of two. Every function treats each
-// (query, head) by itself, in an order fixed by its own arguments.
+// "Heads" are the I query heads of one key head, worked on together. Their q (I, D) is multiplied by
+// scale * log2(e), so that all exponentials are powers of two, and laid out once, by
+// `prepare_query`, as the set's products read it. Every function treats each (query, head) by
+// itself, in an order fixed by its own arguments; many queries come at once where they share what
+// is read.
 #pragma once
 
 #include "cache_layout.h"
@@ -15,6 +17,8 @@ constexpr int64_t MAX_HEADS = 16;  // I at most
 struct HeadShape {
   int64_t heads = 0, width = 0;  // I, D
   int64_t stride = 0;            // floats between rows of `sum`: D rounded up to 16
+  // Floats of a prepared query: depth rounded up to what a tile product takes.
+  int64_t query_floats() const { return heads * ((width + 31) / 32 * 32); }
 };
 
 // An online softmax of I heads: maximum, sum of weights, weighted sum of values.
@@ -24,9 +28,10 @@ struct Softmax {
   float* sum;    // (I, stride)
 };
 
-// 64 keys and values; scales (64) are null unless the cell is int8 or stands for it.
+// 64 keys and values; scales (64) are null unless they are stored as int8.
 struct Block {
   Cell cell;
+  Cell stored;  // what the numbers were rounded to, also where the cell is f32
   const void* keys;    // [D][64]
   const void* values;  // [64][D]
   const float* key_scales;
@@ -36,7 +41,7 @@ struct Block {
 };
 
 struct Query {
-  const float* q;  // (I, D)
+  const float* q;  // prepared
   int64_t keys;    // sees the first keys, 1 .. 64, of the block
   Softmax state;
 };
@@ -47,31 +52,41 @@ struct Extra {
   const float* summary;  // (D)
 };
 
-// The slots of one chunk, of which begin .. end are visible.
+// The slots of one chunk.
 struct Slots {
   Cell cell;
   const void* data;  // [D][slots]
   const void* next;  // read soon after, or null
   int64_t slots;     // 16 or 64
+};
+
+// A query that looks at slots begin .. end of them.
+struct View {
+  const float* q;  // prepared
   int64_t begin, end;
   const Extra* extras;
   int64_t extra_count;
+  float* totals;       // for `normalise`: peak (MAX_HEADS), total (MAX_HEADS)
+  const float* lse;    // for `score`: (I)
+  float* scores;       // of `score`: (slots)
 };
 
 struct AttentionKernels {
+  // q (I, D) times factor -> what the functions below take as a query.
+  void (*prepare_query)(const HeadShape&, const float* q, float factor, float* prepared);
   // One more block for each of `count` queries.
   void (*attend_block)(const HeadShape&, const Block&, const Query*, int64_t count);
   // into = softmax over the keys of both, `into` first.
   void (*merge)(const HeadShape&, const Softmax& into, const Softmax& part);
   // out (I, D) = sum / total.
   void (*finish)(const HeadShape&, const Softmax&, float* out);
-  // One more chunk of slots for the normaliser of a query: peak (I), total (I).
-  void (*normalise)(const HeadShape&, const float* q, const Slots&, float* peak, float* total);
+  // One more chunk of slots for the normaliser of each view.
+  void (*normalise)(const HeadShape&, const Slots&, const View*, int64_t count);
   // peak, total (I) = those of both, the first ones first.
   void (*merge_totals)(int64_t heads, float* peak, float* total, const float* part_peak,
                        const float* part_total);
-  // out[s] = sum over the heads of 2^(q . summary - lse), 0 where not visible; 64 slots.
-  void (*score)(const HeadShape&, const float* q, const Slots&, const float* lse, float* out);
+  // scores[s] = sum over the heads of 2^(q . summary - lse), 0 where not visible; 64 slots.
+  void (*score)(const HeadShape&, const Slots&, const View*, int64_t count);
   // How many of x[0 .. count) are >= limit; count a multiple of 16.
   int64_t (*count_at_least)(const float* x, int64_t count, float limit);
   // Numbers of a cell to float32 and back, rounded to nearest; count is rounded up to 16. No int8.
@@ -85,5 +100,6 @@ const AttentionKernels& attention_kernels_portable();
 const AttentionKernels& attention_kernels_neon();
 const AttentionKernels& attention_kernels_avx2();
 const AttentionKernels& attention_kernels_avx512();
+const AttentionKernels& attention_kernels_amx();
 
 }  // namespace endside

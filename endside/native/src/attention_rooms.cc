@@ -5,7 +5,7 @@
 namespace endside {
 
 constexpr int64_t WAVE_SEGMENTS = 1024;    // of all rows of a wave, unless one row has more
-constexpr int64_t TILE_BYTES = 256 << 10;  // queries and sums of a tile: half a second-level cache
+constexpr int64_t TILE_BYTES = 768 << 10;  // queries and sums of a tile
 
 Sizes::Sizes(const CacheShape& cache, const AttentionShape& shape, int64_t row_count,
              int64_t context, int team) {
@@ -62,7 +62,7 @@ size_t cut_rooms(uint8_t* base, const Sizes& sizes, int64_t rank, Rooms* out, Ow
   rooms.row = cut.take<Row>(sizes.rows);
   rooms.tiles = cut.take<Tile>(sizes.rows);
   rooms.tile_count = cut.take<int64_t>(1);
-  rooms.q = cut.take<float>(sizes.rows * sizes.query_heads * width);
+  rooms.q = cut.take<float>(pairs * sizes.heads.query_floats());
   rooms.tree.keys = cut.take<float>(pairs * width);
   rooms.tree.values = cut.take<float>(pairs * width);
   rooms.tree.key_scales = cut.take<float>(pairs);

@@ -12,7 +12,7 @@
 namespace endside {
 
 constexpr int64_t MAX_DEPTH = 64;  // rows of one path of a tree
-constexpr int64_t MAX_TILE = 32;   // rows that are walked together
+constexpr int64_t MAX_TILE = 128;   // rows that are walked together
 
 struct Row {
   const Span* span;
@@ -52,11 +52,11 @@ struct Step {
   HeadShape heads;  // of one key head
   const AttentionKernels* kernels;
   const Row* row;   // (P)
-  const float* q;   // (P, H, D), times scale * log2(e)
+  const float* q;   // (P, G) prepared queries
   TreeRoom tree;
 
   const float* query(const Row& of, int64_t head) const {
-    return q + (of.index * shape.heads + head * heads.heads) * heads.width;
+    return q + (of.index * cache.shape.kv_heads + head) * heads.query_floats();
   }
   const uint8_t* part(const Row& of, int64_t head, int64_t chunk) const {
     return head_part(cache, layout, layer, head, of.span->table.chunks[chunk]);
@@ -85,14 +85,23 @@ struct Blocks {
 bool chooses(const Step& step, const Row& row);
 int64_t normaliser_chunks(const Step& step, const Row& row);
 int64_t score_chunks(const Step& step, const Row& row);
-void normalise_chunk(const Step& step, const Row& row, int64_t head, int64_t chunk, float* peak,
-                     float* total);
-// lse (I) from peak and total.
-void finish_normaliser(const Step& step, const float* peak, const float* total, float* lse);
+// What is kept of a row that chooses, while it does.
+struct Chooser {
+  const Row* row;
+  float* totals;        // peak (MAX_HEADS), total (MAX_HEADS)
+  float* lse;           // (MAX_HEADS)
+  float* block_scores;  // (blocks)
+  float* edges;         // (chunks)
+};
+// A chunk of summaries more for the normalisers of choosers that look at it.
+void normalise_chunk(const Step& step, const Chooser* choosers, int64_t count, int64_t head,
+                     int64_t chunk);
+// lse from totals.
+void finish_normaliser(const Step& step, const Chooser& chooser);
 // Scores of the chunk's 16 blocks, without what the next chunk's first summary adds, and that
-// summary's counterpart: the first slot of this chunk, in edge.
-void score_chunk(const Step& step, const Row& row, int64_t head, int64_t chunk, const float* lse,
-                 float* block_scores, float* edge);
+// summary's counterpart: the first slot of this chunk, in edges.
+void score_chunk(const Step& step, const Chooser* choosers, int64_t count, int64_t head,
+                 int64_t chunk);
 // Blocks of the row into list, how many. scores and edges are those of score_chunks chunks; scores
 // are overwritten.
 int64_t choose(const Step& step, const Row& row, float* scores, const float* edges, int32_t* list);

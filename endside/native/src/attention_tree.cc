@@ -143,7 +143,7 @@ Block tree_tail(const Step& step, const Row& row, int64_t head, int64_t block, c
     own.tail_scales[BLOCK + lane] = step.tree.value_scales[room];
   }
   const bool scaled = step.layout.cell == Cell::int8;
-  return {Cell::f32, own.tail_keys, own.tail_values, scaled ? own.tail_scales : nullptr,
+  return {Cell::f32, step.layout.cell, own.tail_keys, own.tail_values, scaled ? own.tail_scales : nullptr,
           scaled ? own.tail_scales + BLOCK : nullptr, nullptr, nullptr};
 }
 

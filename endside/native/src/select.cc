@@ -43,49 +43,66 @@ int64_t score_chunks(const Step& step, const Row& row) {
   return first_local(row, step.shape.sparse) / CHUNK_BLOCKS + 1;
 }
 
-// The slots of one chunk that a row sees. extras: room for MAX_DEPTH.
-static Slots slots_of(const Step& step, const Row& row, int64_t head, int64_t chunk, bool fine,
-                      Extra* extras) {
-  const int64_t count = fine ? FINE_SLOTS : COARSE_SLOTS;
+// The choosers of a chunk with views of it: each alone if it has extras of its own there, the others
+// together.
+template <class Kernel>
+static void look(const Step& step, Kernel kernel, bool fine, int64_t head, int64_t chunk,
+                 View* views, const Row* const* rows, int64_t count) {
+  const int64_t slot_count = fine ? FINE_SLOTS : COARSE_SLOTS;
   const int64_t stride = fine ? FINE_STRIDE : COARSE_STRIDE;
-  const int64_t seen = (row.position + 1) / stride - chunk * count;
-  Slots slots;
-  slots.cell = step.layout.summary_cell;
+  const Row& any = *rows[0];
   const size_t at = fine ? step.layout.fine : step.layout.coarse;
-  slots.data = step.part(row, head, chunk) + at;
-  const bool last = chunk == row.position / CHUNK;
-  slots.next = last ? nullptr : step.part(row, head, chunk + 1) + at;
-  slots.slots = count;
-  slots.begin = chunk == 0 ? 1 : 0;
-  slots.end = seen < 0 ? 0 : seen < count ? seen : count;
-  slots.extras = extras;
-  slots.extra_count =
-      row.span->parents ? tree_extras(step, row, head, chunk, fine, extras) : 0;
-  return slots;
+  const bool last = chunk == any.position / CHUNK;
+  const Slots slots = {step.layout.summary_cell, step.part(any, head, chunk) + at,
+                       last ? nullptr : step.part(any, head, chunk + 1) + at, slot_count};
+  View shared[MAX_TILE];
+  int64_t sharing = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Row& row = *rows[i];
+    View& view = views[i];
+    const int64_t seen = (row.position + 1) / stride - chunk * slot_count;
+    view.q = step.query(row, head);
+    view.begin = chunk == 0 ? 1 : 0;
+    view.end = seen < 0 ? 0 : seen < slot_count ? seen : slot_count;
+    Extra extras[MAX_DEPTH];
+    view.extras = extras;
+    view.extra_count =
+        row.span->parents ? tree_extras(step, row, head, chunk, fine, extras) : 0;
+    if (view.extra_count > 0) {
+      kernel(step.heads, slots, &view, 1);
+    } else {
+      shared[sharing++] = view;
+    }
+  }
+  if (sharing > 0) kernel(step.heads, slots, shared, sharing);
 }
 
-void normalise_chunk(const Step& step, const Row& row, int64_t head, int64_t chunk, float* peak,
-                     float* total) {
-  Extra extras[MAX_DEPTH];
-  const bool fine = !step.shape.sparse.coarse_lse;
-  const Slots slots = slots_of(step, row, head, chunk, fine, extras);
-  step.kernels->normalise(step.heads, step.query(row, head), slots, peak, total);
+void normalise_chunk(const Step& step, const Chooser* choosers, int64_t count, int64_t head,
+                     int64_t chunk) {
+  View views[MAX_TILE];
+  const Row* rows[MAX_TILE];
+  int64_t looking = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (chunk >= normaliser_chunks(step, *choosers[i].row)) continue;
+    views[looking].totals = choosers[i].totals;
+    rows[looking++] = choosers[i].row;
+  }
+  if (looking == 0) return;
+  look(step, step.kernels->normalise, !step.shape.sparse.coarse_lse, head, chunk, views, rows,
+       looking);
 }
 
-void finish_normaliser(const Step& step, const float* peak, const float* total, float* lse) {
+void finish_normaliser(const Step& step, const Chooser& chooser) {
+  const float *peak = chooser.totals, *total = chooser.totals + MAX_HEADS;
   for (int64_t head = 0; head < step.heads.heads; ++head) {
     // a row that sees no summary has no normaliser: it scores 0 everywhere
-    lse[head] = total[head] > 0 ? peak[head] + std::log2(total[head])
-                                : std::numeric_limits<float>::infinity();
+    chooser.lse[head] = total[head] > 0 ? peak[head] + std::log2(total[head])
+                                        : std::numeric_limits<float>::infinity();
   }
 }
 
-void score_chunk(const Step& step, const Row& row, int64_t head, int64_t chunk, const float* lse,
-                 float* block_scores, float* edge) {
-  Extra extras[MAX_DEPTH];
-  alignas(64) float scores[FINE_SLOTS];
-  const Slots slots = slots_of(step, row, head, chunk, true, extras);
-  step.kernels->score(step.heads, step.query(row, head), slots, lse, scores);
+// Scores (64) of a chunk's slots -> scores of its blocks.
+static void pool_slots(const float* scores, float* block_scores) {
   constexpr int64_t per_block = BLOCK / FINE_STRIDE;
   for (int64_t block = 0; block < CHUNK_BLOCKS; ++block) {
     const float* s = scores + block * per_block;
@@ -96,7 +113,28 @@ void score_chunk(const Step& step, const Row& row, int64_t head, int64_t chunk, 
     const float next = scores[(block + 1) * per_block];
     if (next > block_scores[block]) block_scores[block] = next;
   }
-  *edge = scores[0];
+}
+
+void score_chunk(const Step& step, const Chooser* choosers, int64_t count, int64_t head,
+                 int64_t chunk) {
+  View views[MAX_TILE];
+  const Row* rows[MAX_TILE];
+  const Chooser* looker[MAX_TILE];
+  alignas(64) float scores[MAX_TILE][FINE_SLOTS];
+  int64_t looking = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (chunk >= score_chunks(step, *choosers[i].row)) continue;
+    views[looking].lse = choosers[i].lse;
+    views[looking].scores = scores[looking];
+    rows[looking] = choosers[i].row;
+    looker[looking++] = choosers + i;
+  }
+  if (looking == 0) return;
+  look(step, step.kernels->score, true, head, chunk, views, rows, looking);
+  for (int64_t i = 0; i < looking; ++i) {
+    pool_slots(scores[i], looker[i]->block_scores + chunk * CHUNK_BLOCKS);
+    looker[i]->edges[chunk] = scores[i][0];
+  }
 }
 
 static float from_bits(uint32_t bits) {

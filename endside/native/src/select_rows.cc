@@ -17,41 +17,30 @@ static void clear_totals(float* room) {
 
 void choose_tile(const Step& step, const Sizes& sizes, const OwnRoom& own, const Row* rows,
                  int64_t count, int64_t head, Blocks* blocks) {
-  int64_t chooser[MAX_TILE], choosers = 0, chunks = 0, scored = 0;
+  Chooser choosers[MAX_TILE];
+  int64_t choosing = 0, chunks = 0, scored = 0;
   for (int64_t i = 0; i < count; ++i) {
     blocks[i] = {nullptr, rows[i].position / BLOCK + 1};
     if (!chooses(step, rows[i])) continue;
-    chooser[choosers++] = i;
     chunks = std::max(chunks, normaliser_chunks(step, rows[i]));
     scored = std::max(scored, score_chunks(step, rows[i]));
-    clear_totals(own.normaliser + i * 3 * MAX_HEADS);
+    float* room = own.normaliser + i * 3 * MAX_HEADS;
+    clear_totals(room);
+    choosers[choosing++] = {rows + i, room, room + 2 * MAX_HEADS,
+                            own.block_scores + i * sizes.blocks, own.edges + i * sizes.chunks};
   }
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    for (int64_t c = 0; c < choosers; ++c) {
-      const Row& row = rows[chooser[c]];
-      if (chunk >= normaliser_chunks(step, row)) continue;
-      float* room = own.normaliser + chooser[c] * 3 * MAX_HEADS;
-      normalise_chunk(step, row, head, chunk, room, room + MAX_HEADS);
-    }
+    normalise_chunk(step, choosers, choosing, head, chunk);
   }
-  for (int64_t c = 0; c < choosers; ++c) {
-    float* room = own.normaliser + chooser[c] * 3 * MAX_HEADS;
-    finish_normaliser(step, room, room + MAX_HEADS, room + 2 * MAX_HEADS);
-  }
+  for (int64_t c = 0; c < choosing; ++c) finish_normaliser(step, choosers[c]);
   for (int64_t chunk = 0; chunk < scored; ++chunk) {
-    for (int64_t c = 0; c < choosers; ++c) {
-      const int64_t i = chooser[c];
-      if (chunk >= score_chunks(step, rows[i])) continue;
-      score_chunk(step, rows[i], head, chunk, own.normaliser + (i * 3 + 2) * MAX_HEADS,
-                  own.block_scores + i * sizes.blocks + chunk * CHUNK_BLOCKS,
-                  own.edges + i * sizes.chunks + chunk);
-    }
+    score_chunk(step, choosers, choosing, head, chunk);
   }
-  for (int64_t c = 0; c < choosers; ++c) {
-    const int64_t i = chooser[c];
+  for (int64_t c = 0; c < choosing; ++c) {
+    const Chooser& chooser = choosers[c];
+    const int64_t i = chooser.row - rows;
     int32_t* list = own.chosen + i * sizes.choices;
-    blocks[i] = {list, choose(step, rows[i], own.block_scores + i * sizes.blocks,
-                              own.edges + i * sizes.chunks, list)};
+    blocks[i] = {list, choose(step, *chooser.row, chooser.block_scores, chooser.edges, list)};
   }
 }
 
@@ -63,20 +52,23 @@ struct WaveChoice {
   const Rooms& rooms;
   const Wave& wave;
 
-  // fn(row, pair, head, chunk) for the chunks below limit(row) of every row that chooses.
-  template <class Limit, class Fn>
-  void each_chunk(int64_t most, Limit limit, Fn fn) {
+  // fn(choosers, how many, head, chunk) for the rows of each tile of the wave that choose.
+  template <class Fn>
+  void each_chunk(int64_t most, Fn fn) {
     const int64_t heads = sizes.kv_heads;
     const int64_t shares = ceil_div(wave.tile_count * heads * most, 4 * team.size());
     const int64_t at_once = std::min(CHUNKS_AT_ONCE, shares), groups = ceil_div(most, at_once);
     team.each(wave.tile_count * heads * groups, [&](int64_t item) {
       const Tile tile = wave.tiles[item / (heads * groups)];
       const int64_t head = item / groups % heads, begin = item % groups * at_once;
-      for (int64_t chunk = begin; chunk < begin + at_once; ++chunk) {
+      for (int64_t chunk = begin; chunk < std::min(begin + at_once, most); ++chunk) {
+        Chooser choosers[WAVE];
+        int64_t count = 0;
         for (int64_t i = tile.first; i < tile.first + tile.count; ++i) {
-          if (!chooses(step, step.row[i]) || chunk >= limit(step.row[i])) continue;
-          fn(step.row[i], (i - wave.first) * heads + head, head, chunk);
+          if (!chooses(step, step.row[i])) continue;
+          choosers[count++] = chooser(step.row[i], (i - wave.first) * heads + head, chunk);
         }
+        fn(choosers, count, head, chunk);
       }
     });
   }
@@ -87,20 +79,20 @@ struct WaveChoice {
       if (chooses(step, row)) fn(row, pair);
     });
   }
+  // Every chunk has totals of its own, which are merged in order.
   float* totals(int64_t pair, int64_t chunk) const {
     return rooms.totals + (pair * sizes.chunks + chunk) * 2 * MAX_HEADS;
   }
-  float* scores(int64_t pair) const { return rooms.block_scores + pair * sizes.blocks; }
-  float* edges(int64_t pair) const { return rooms.edges + pair * sizes.chunks; }
-  float* lse(int64_t pair) const { return rooms.lse + pair * MAX_HEADS; }
+  Chooser chooser(const Row& row, int64_t pair, int64_t chunk) const {
+    return {&row, totals(pair, chunk), rooms.lse + pair * MAX_HEADS,
+            rooms.block_scores + pair * sizes.blocks, rooms.edges + pair * sizes.chunks};
+  }
 
   void normalise(int64_t chunks) {
-    each_chunk(chunks, [&](const Row& row) { return normaliser_chunks(step, row); },
-               [&](const Row& row, int64_t pair, int64_t head, int64_t chunk) {
-                 float* part = totals(pair, chunk);
-                 clear_totals(part);
-                 normalise_chunk(step, row, head, chunk, part, part + MAX_HEADS);
-               });
+    each_chunk(chunks, [&](Chooser* choosers, int64_t count, int64_t head, int64_t chunk) {
+      for (int64_t i = 0; i < count; ++i) clear_totals(choosers[i].totals);
+      normalise_chunk(step, choosers, count, head, chunk);
+    });
     each_pair([&](const Row& row, int64_t pair) {
       float sum[2 * MAX_HEADS];
       clear_totals(sum);
@@ -108,17 +100,18 @@ struct WaveChoice {
         const float* part = totals(pair, chunk);
         step.kernels->merge_totals(step.heads.heads, sum, sum + MAX_HEADS, part, part + MAX_HEADS);
       }
-      finish_normaliser(step, sum, sum + MAX_HEADS, lse(pair));
+      Chooser whole = chooser(row, pair, 0);
+      whole.totals = sum;
+      finish_normaliser(step, whole);
     });
   }
   void choose_blocks(int64_t chunks) {
-    each_chunk(chunks, [&](const Row& row) { return score_chunks(step, row); },
-               [&](const Row& row, int64_t pair, int64_t head, int64_t chunk) {
-                 score_chunk(step, row, head, chunk, lse(pair),
-                             scores(pair) + chunk * CHUNK_BLOCKS, edges(pair) + chunk);
-               });
+    each_chunk(chunks, [&](const Chooser* choosers, int64_t count, int64_t head, int64_t chunk) {
+      score_chunk(step, choosers, count, head, chunk);
+    });
     each_pair([&](const Row& row, int64_t pair) {
-      rooms.chosen_count[pair] = choose(step, row, scores(pair), edges(pair),
+      const Chooser own = chooser(row, pair, 0);
+      rooms.chosen_count[pair] = choose(step, row, own.block_scores, own.edges,
                                         rooms.chosen + pair * sizes.choices);
     });
   }

@@ -1,0 +1,202 @@
+// Attention in AMX tiles (attention_tiles.h says how): products in tiles, all else in AVX-512.
+//
+#include "vec_avx512.h"
+
+#include "attention_common.h"
+#include "attention_tiles.h"
+
+#include <cstring>
+
+namespace endside {
+namespace {
+
+// Where the numbers of (term, head) stand in a left side of `steps` steps.
+struct LeftPlace {
+  int64_t step, term;  // bf16 numbers from one to the next
+  LeftPlace(const TileRows& rows, int64_t heads, int64_t steps)
+      : step(rows.rows * TILE_DEPTH), term((rows.tiles == 1 ? 1 : steps) * heads * TILE_DEPTH) {}
+};
+
+void prepare_query(const HeadShape& shape, const float* q, float factor, float* prepared) {
+  const int64_t steps = tiles_of(shape.width, TILE_DEPTH);
+  const LeftPlace place(TileRows(shape.heads), shape.heads, steps);
+  uint16_t* out = reinterpret_cast<uint16_t*>(prepared);
+  for (int64_t head = 0; head < shape.heads; ++head) {
+    for (int64_t step = 0; step < steps; ++step) {
+      alignas(64) float numbers[TILE_DEPTH] = {};
+      for (int64_t i = 0; i < TILE_DEPTH && step * TILE_DEPTH + i < shape.width; ++i) {
+        numbers[i] = q[head * shape.width + step * TILE_DEPTH + i] * factor;
+      }
+      uint16_t* high = out + step * place.step + head * TILE_DEPTH;
+      store_terms(load(numbers), load(numbers + LANES), high, high + place.term);
+    }
+  }
+}
+
+// Scores s (2 I, 64) of one query, by terms -> weights as a left side; the running peak and total
+// are moved on, and factor (I) is what earlier sums are to be multiplied by.
+inline void weigh(const HeadShape& shape, const Block& block, const Query& query, const float* s,
+                  uint16_t* weights, float* factor) {
+  const int64_t heads = shape.heads;
+  const LeftPlace place(TileRows(heads), heads, BLOCK / TILE_DEPTH);
+  const int keys = static_cast<int>(query.keys);
+  alignas(64) float before[MAX_HEADS] = {}, after[MAX_HEADS] = {}, added[MAX_HEADS] = {};
+  for (int64_t head = 0; head < heads; ++head) {
+    const float* row = s + head * BLOCK;
+    Vec x[BLOCK_VECS];
+#pragma GCC unroll 4
+    for (int v = 0; v < BLOCK_VECS; ++v) {
+      x[v] = add(load(row + v * LANES), load(row + heads * BLOCK + v * LANES));
+      if (block.key_scales) x[v] = mul(x[v], load(block.key_scales + v * LANES));
+      if (keys < BLOCK) x[v] = first(keys - v * LANES, x[v], nothing());
+    }
+    const float peak = max_of(max(max(x[0], x[1]), max(x[2], x[3])));
+    before[head] = query.state.peak[head];
+    after[head] = peak > before[head] ? peak : before[head];
+    const Vec highest = broadcast(after[head]);
+#pragma GCC unroll 4
+    for (int v = 0; v < BLOCK_VECS; ++v) x[v] = exp2(sub(x[v], highest));
+    added[head] = sum_of(add(add(x[0], x[2]), add(x[1], x[3])));
+#pragma GCC unroll 4
+    for (int v = 0; v < BLOCK_VECS; ++v) {
+      if (block.value_scales) x[v] = mul(x[v], load(block.value_scales + v * LANES));
+      if (keys < BLOCK) x[v] = first(keys - v * LANES, x[v], zero());
+    }
+    uint16_t* high = weights + head * TILE_DEPTH;
+    store_terms(x[0], x[1], high, high + place.term);
+    store_terms(x[2], x[3], high + place.step, high + place.step + place.term);
+  }
+  const Vec scale = exp2(sub(load(before), load(after)));
+  store(factor, scale);
+  store(query.state.peak, load(after));
+  store(query.state.total, fma(load(query.state.total), scale, load(added)));
+}
+
+// sum = sum * factor + products (2 I, stride), by terms.
+inline void add_values(const HeadShape& shape, const Query& query, const float* products,
+                       const float* factor) {
+  const int64_t terms = shape.heads * shape.stride;
+  for (int64_t head = 0; head < shape.heads; ++head) {
+    const Vec scale = broadcast(factor[head]);
+    for (int64_t d = 0; d < shape.stride; d += LANES) {
+      const int64_t at = head * shape.stride + d;
+      const Vec more = add(load(products + at), load(products + terms + at));
+      store(query.state.sum + at, fma(load(query.state.sum + at), scale, more));
+    }
+  }
+}
+
+constexpr int64_t PLANES = 2 * 2;  // keys and values, two terms at most
+constexpr int64_t MAX_ROWS = 2 * MAX_HEADS;
+
+inline void prefetch(const float* floats, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(floats + i);
+}
+
+void attend_block(const HeadShape& shape, const Block& block, const Query* queries,
+                  int64_t count) {
+  alignas(64) uint8_t planes[PLANES * BLOCK * MAX_HEAD_DIM * 2];
+  alignas(64) float s[MAX_ROWS * BLOCK];
+  alignas(64) float products[MAX_ROWS * MAX_HEAD_DIM];
+  alignas(64) uint16_t weights[MAX_ROWS * BLOCK];
+  alignas(64) float factor[MAX_HEADS];
+  const TileRows rows(shape.heads);
+  shape_tiles(rows.rows);
+  const Right keys = pack(block.cell, block.stored, block.keys, block.next_keys, BLOCK,
+                          shape.width, shape.width, BLOCK, planes);
+  uint8_t* const value_planes = planes + keys.terms * keys.plane_bytes();
+  int64_t packed = 0;  // values, as this many keys are seen
+  Right values = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const Query& query = queries[i];
+    tile_multiply(rows, query.q, keys, s, BLOCK);
+    if (query.keys != packed) {  // what a row does not see may be no number
+      values = pack(block.cell, block.stored, block.values, block.next_values, shape.width,
+                    BLOCK, query.keys, shape.stride, value_planes);
+      packed = query.keys;
+    }
+    if (i + 1 < count) {
+      prefetch(queries[i + 1].q, shape.query_floats());
+      prefetch(queries[i + 1].state.sum, shape.heads * shape.stride);
+    }
+    weigh(shape, block, query, s, weights, factor);
+    tile_multiply(rows, weights, values, products, shape.stride);
+    add_values(shape, query, products, factor);
+  }
+  free_tiles();
+}
+
+// Scores of views by tiles: s (2 I, slots) by terms, then added.
+class SlotScores {
+ public:
+  SlotScores(const HeadShape& shape, const Slots& slots)
+      : shape_(shape), slots_(slots), rows_(shape.heads) {
+    shape_tiles(rows_.rows);
+  }
+
+  const float* of(const View& view) {
+    if (!packed_) {
+      right_ = pack(slots_.cell, slots_.cell, slots_.data, slots_.next, slots_.slots,
+                    shape_.width, shape_.width, slots_.slots, planes_);
+    }
+    packed_ = view.extra_count == 0;
+    for (int64_t i = 0; i < view.extra_count; ++i) replace(view.extras[i]);
+    tile_multiply(rows_, view.q, right_, s_, slots_.slots);
+    const int64_t count = shape_.heads * slots_.slots;
+    for (int64_t i = 0; i < count; i += LANES) store(s_ + i, add(load(s_ + i), load(s_ + count + i)));
+    return s_;
+  }
+
+ private:
+  void replace(const Extra& extra) {
+    for (int64_t d = 0; d < shape_.width; ++d) {
+      const int64_t tile = d / TILE_DEPTH * right_.columns + extra.slot / TILE_COLUMNS;
+      uint8_t* to = planes_ + tile * TILE_BYTES + d % TILE_DEPTH / 2 * 64 +
+                    extra.slot % TILE_COLUMNS * 4 + d % 2 * 2;
+      float rest = extra.summary[d];
+      for (int term = 0; term < right_.terms; ++term) {
+        uint32_t bits;
+        std::memcpy(&bits, &rest, sizeof bits);
+        const uint16_t upper = static_cast<uint16_t>(bits >> 16);
+        std::memcpy(to + term * right_.plane_bytes(), &upper, sizeof upper);
+        bits &= 0xffff0000u;
+        float taken;
+        std::memcpy(&taken, &bits, sizeof taken);
+        rest -= taken;
+      }
+    }
+  }
+
+  const HeadShape& shape_;
+  const Slots& slots_;
+  TileRows rows_;
+  bool packed_ = false;
+  Right right_ = {};
+  alignas(64) uint8_t planes_[2 * FINE_SLOTS * MAX_HEAD_DIM * 2];
+  alignas(64) float s_[MAX_ROWS * FINE_SLOTS];
+};
+
+void normalise(const HeadShape& shape, const Slots& slots, const View* views, int64_t count) {
+  SlotScores scores(shape, slots);
+  for (int64_t i = 0; i < count; ++i) {
+    if (views[i].begin >= views[i].end) continue;
+    add_slots(shape.heads, slots.slots, views[i], scores.of(views[i]));
+  }
+  free_tiles();
+}
+
+void score(const HeadShape& shape, const Slots& slots, const View* views, int64_t count) {
+  SlotScores scores(shape, slots);
+  for (int64_t i = 0; i < count; ++i) sum_heads(shape.heads, views[i], scores.of(views[i]));
+  free_tiles();
+}
+
+constexpr AttentionKernels KERNELS = {prepare_query, attend_block, merge, finish,    normalise,
+                                      merge_totals,  score,        count_all, widen_all,
+                                      narrow_all};
+
+}  // namespace
+
+const AttentionKernels& attention_kernels_amx() { return KERNELS; }
+
+}  // namespace endside
