@@ -104,22 +104,23 @@ void attend_block(const HeadShape& shape, const Block& block, const Query* queri
   shape_tiles(rows.rows);
   const Right keys = pack(block.cell, block.stored, block.keys, block.next_keys, BLOCK,
                           shape.width, shape.width, BLOCK, planes);
-  uint8_t* const value_planes = planes + keys.terms * keys.plane_bytes();
+  // a lone query needs its keys no more when it comes to the values: less of the first-level cache
+  uint8_t* const value_planes = planes + (count > 1 ? keys.terms * keys.plane_bytes() : 0);
   int64_t packed = 0;  // values, as this many keys are seen
   Right values = {};
   for (int64_t i = 0; i < count; ++i) {
     const Query& query = queries[i];
     tile_multiply(rows, query.q, keys, s, BLOCK);
-    if (query.keys != packed) {  // what a row does not see may be no number
-      values = pack(block.cell, block.stored, block.values, block.next_values, shape.width,
-                    BLOCK, query.keys, shape.stride, value_planes);
-      packed = query.keys;
-    }
     if (i + 1 < count) {
       prefetch(queries[i + 1].q, shape.query_floats());
       prefetch(queries[i + 1].state.sum, shape.heads * shape.stride);
     }
     weigh(shape, block, query, s, weights, factor);
+    if (query.keys != packed) {  // what a row does not see may be no number
+      values = pack(block.cell, block.stored, block.values, block.next_values, shape.width,
+                    BLOCK, query.keys, shape.stride, value_planes);
+      packed = query.keys;
+    }
     tile_multiply(rows, weights, values, products, shape.stride);
     add_values(shape, query, products, factor);
   }
