@@ -223,7 +223,8 @@ def _parameters(folder: Path) -> int:
 
 def _show(report: dict[str, Any]) -> None:
     print(
-        f"{report['model']}, {report['steps']} steps, {report['items']} problems of the test split"
+        f"{report['parameters'] / 1e6:.2f} M parameters, {report['steps']} steps of "
+        f"{report['tokens_per_step']:,} tokens, {report['items']} problems of the test split"
     )
     print(f"{'':<18}{'perplexity':>12}{'exact':>10}{'valid':>10}{'tokens':>10}")
     for side in ("before", "after"):

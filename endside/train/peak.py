@@ -3,8 +3,8 @@
 A GPU is looked up: the dense matrix peak its maker states for 16-bit inputs (float32 training runs
 in TF32 or slower, and is divided by the same number, so its MFU is a lower bound). A CPU is asked:
 the fastest of several square products, once per processor, thread count and type, then kept in the
-user's cache. A day later it is asked again and the faster answer stays, because the first one may
-have fallen into a busy moment.
+user's cache. The products are timed by the processor time they took, so that other programs do not
+make the machine look slower than it is; a day later it is asked again and the faster answer stays.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def gpu(name: str) -> float | None:
 def _cpu(precision: str) -> float:
     """Measured, or what was measured here within a day. fp8 is emulated there in float32."""
     precision = "float32" if precision == "fp8" else precision
-    place = cache_root() / "peak.json"
+    place = cache_root() / "peaks.json"
     key = f"{_processor()}, {torch.get_num_threads()} threads, {precision}"
     known = _read(place)
     peak, when = known.get(key, (0.0, 0.0))
@@ -61,11 +61,11 @@ def measure(dtype: torch.dtype, size: int = SIZE) -> float:
     """Operations per second of the fastest of several square products."""
     left = torch.full((size, size), 0.5, dtype=dtype)
     right = torch.full((size, size), 0.25, dtype=dtype)
-    best = float("inf")
+    best, threads = float("inf"), torch.get_num_threads()
     for _ in range(REPEATS):
-        begun = time.perf_counter()
+        begun = time.process_time()
         left @ right
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, (time.process_time() - begun) / threads)
     return 2 * size**3 / best
 
 

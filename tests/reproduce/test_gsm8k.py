@@ -84,10 +84,27 @@ def test_the_judge(
     assert judged["think"] == script.Judged(1.0, pytest.approx(exact), pytest.approx(valid), 7.0)
 
 
-def test_a_real_model_is_judged_before_it_is_trained(script: ModuleType, source: Path) -> None:
-    cfg, flags = config(script, source, write_start(source / "start"))
-    folder = script._with_template(cfg, source / "before")
-    judged = script.judge(folder, cfg, list(script._talks(source / "test.jsonl"))[:1], flags)
+def test_the_whole_of_it(
+    script: ModuleType, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    data, start = source / "data" / "benchmarks" / "gsm8k", write_start(source / "start")
+    data.mkdir(parents=True)
+    for split in ("train", "test"):
+        (source / f"{split}.jsonl").rename(data / f"{split}.jsonl")
+    monkeypatch.setenv("ENDSIDE_TEST_DATA", str(source / "data"))
+    options = {"model": start, "out": source / "out", "results": source / "r.json", "items": 1,
+               "steps": 3, "threads": 1, "tokens": 4}  # fmt: skip
+    monkeypatch.setattr(
+        sys, "argv", ["gsm8k.py", *(f"--{key}={value}" for key, value in options.items())]
+    )
+    script.main()
+    report = json.loads((source / "r.json").read_text())
     for mode in ("think", "no_think"):
-        assert 100 < judged[mode].perplexity < 1000  # of a random model with 320 tokens
-        assert judged[mode].exact == judged[mode].valid == 0
+        before, after = report["before"][mode], report["after"][mode]
+        assert 100 < before["perplexity"] < 1000  # of a random model with 320 tokens
+        assert after["perplexity"] < before["perplexity"]
+        assert before["exact"] == before["valid"] == 0
+    assert report["always_one_number"] == 1
+    printed = capsys.readouterr().out
+    for part in ("3 steps of 4,096 tokens", "before think", "after no_think", "always one number"):
+        assert part in printed

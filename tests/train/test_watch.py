@@ -50,7 +50,7 @@ def test_the_peak_is_measured_once_and_again_after_a_day(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     answers = iter([5.0, 3.0, 7.0])
     monkeypatch.setattr(peak, "measure", lambda dtype: next(answers))
-    place, cpu = tmp_path / "endside" / "peak.json", torch.device("cpu")
+    place, cpu = tmp_path / "endside" / "peaks.json", torch.device("cpu")
     assert [peak.peak_flops(cpu, "float32") for _ in range(2)] == [5.0, 5.0]
     for expected in (5.0, 7.0):
         known = json.loads(place.read_text())
@@ -62,10 +62,15 @@ def test_the_peak_is_measured_once_and_again_after_a_day(
     assert peak.peak_flops(cpu, "float32") == 1.0
 
 
-def test_a_product_is_timed() -> None:
-    begun = time.perf_counter()
+def test_a_product_is_timed_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    begun = time.process_time()
     rate = peak.measure(torch.float32, 256)
-    assert rate >= peak.REPEATS * 2 * 256**3 / (time.perf_counter() - begun)
+    spent = time.process_time() - begun
+    assert rate >= peak.REPEATS * 2 * 256**3 * threads / spent
+    ticks = iter([0.0, 3.0, 3.0, 5.0, *[float(tick) for tick in range(10, 1000, 9)]])
+    monkeypatch.setattr(peak.time, "process_time", lambda: next(ticks))
+    assert peak.measure(torch.float32, 8) == 2 * 8**3 * threads / 2.0
 
 
 @pytest.mark.parametrize(
