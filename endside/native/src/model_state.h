@@ -116,8 +116,11 @@ class Forward {
   // Rows of x (P, width), normed first if there is a norm, in the form `linear` wants.
   Input prepared(const Linear& linear, const float* x, int64_t rows, int64_t width,
                  const float* norm);
-  // The team's whole product; complete after it.
-  void multiply(Stage stage, const Linear& linear, const Input& input, const Epilogue& epilogue);
+  // The team's whole product; complete after it. The memory is then on its way to what `next`, the
+  // product after it, reads first.
+  void multiply(Stage stage, const Linear& linear, const Input& input, const Epilogue& epilogue,
+                const Linear& next);
+  void ask_for(const Linear& linear) const;
   void lap(Stage stage);
 
   Model::State& state_;
