@@ -3,7 +3,8 @@
     python bench/peer_llamacpp.py [--peer-dir DIR] [--jobs N] [--models 0.5b-q4_0,8b-q4_0]
 
 The source is what the package llama-cpp-python 0.3.36 carries on PyPI, taken with pip and built
-with its own CMake files: Release, GGML_NATIVE (this processor's instructions), OpenMP. Only the
+with its own CMake files: Release, GGML_NATIVE (this processor's instructions), OpenMP; `peer_amx.h`
+mends what GCC 12 makes of its tile instructions. Only the
 library is built; `peer_bench.cc` here times llama_decode in it. Everything goes to a cache folder
 outside the repository (10 to 25 minutes of one core the first time, nothing after that). Prints the
 library's own account of the system, which says what it was built to use.
@@ -46,7 +47,8 @@ def driver(folder: Path, jobs: int = 1) -> Path:
     source, library = _source(folder), folder / "build" / "bin"
     if not list(library.glob("libllama.*")):
         _say("building llama.cpp: 10 to 25 minutes of one core")
-        options = [f"-D{option}" for option in OPTIONS]
+        fix = f"-DCMAKE_CXX_FLAGS=-include '{HERE / 'peer_amx.h'}'"
+        options = [*(f"-D{option}" for option in OPTIONS), fix]
         _run(["cmake", "-S", source, "-B", folder / "build", *options])
         _run(["cmake", "--build", folder / "build", "--target", "llama", "-j", str(jobs)])
     program, code = folder / "peer_bench", HERE / "peer_bench.cc"
