@@ -94,7 +94,7 @@ def test_a_thought_goes_to_stderr(
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("endside.manifest.json"))
     template = "{{ messages[0].content }}<think>\n"
     (folder / "chat_template.jinja").write_text(template)
-    flags = ("--thinking-budget", "6", "--regex", "yes|no", "--temperature", "2")
+    flags = ("--thinking-budget", "6", "--regex", "yes|no", "--temperature", "2", "--seed", "1")
     code, out, err = _run(capsys, "run", folder, "the fox", *flags)
     assert (code, out.strip()) in ((0, "yes"), (0, "no"))
     assert err.strip() and "think>" not in err

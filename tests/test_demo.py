@@ -89,6 +89,7 @@ def test_a_killed_tour_ends_with_the_same_losses(corpus: Path, tmp_path: Path, k
         "done",
     ):
         assert f"\n{step}" in f"\n{said}", f"the tour does not print {step!r}"
+    assert "NOT the same" not in said and "does NOT fit" not in said
     assert (tmp_path / "whole" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     _kill_and_resume(corpus, tmp_path / "killed", kills)
     whole, killed = _losses(tmp_path / "whole"), _losses(tmp_path / "killed")
