@@ -16,6 +16,7 @@ from endside.ops.attention import segments, varlen
 from endside.ops.infllm import attend_stats, reference
 from endside.ops.infllm import triton as fast
 from endside.ops.infllm.config import SparseConfig
+from endside.quant import fp8
 
 RELEASED = SparseConfig()
 SMALL = SparseConfig(window_size=128, topk=4, dense_len=-1)  # budget 384 tokens
@@ -204,6 +205,22 @@ def captured_decode() -> str:
     return "4 replays"
 
 
+def fp8_products() -> str:
+    """FP8 of training: the device's block-scaled product is the emulation, or is not used."""
+    product, how = fp8.product_for(torch.device("cuda"))
+    if "emulated" in how:
+        return how
+    make = torch.Generator(device="cuda").manual_seed(0)
+    for rows, inner, outer in ((5, 100, 90), (300, 1000, 700)):
+        x = torch.randn(rows, inner, generator=make, device="cuda")
+        weight = torch.randn(outer, inner, generator=make, device="cuda")
+        want = fp8.emulated(fp8.quantize(x, 1), fp8.quantize(weight, fp8.TILE))
+        error = float((product(x, weight).float() - want).abs().max() / want.abs().max())
+        # the result is rounded to bfloat16
+        assert error < 2**-8, f"{rows} x {inner} x {outer}: off by {error:.2g} of the largest"
+    return how
+
+
 TESTS = (
     forward_and_gradients,
     chosen_blocks,
@@ -213,4 +230,5 @@ TESTS = (
     backward_repeats,
     no_host_synchronisation,
     captured_decode,
+    fp8_products,
 )
