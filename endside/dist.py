@@ -57,9 +57,29 @@ def join(device: str, seconds: float) -> None:
 
     # Plain objects, such as who writes where, are told over gloo.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    here, wait = world(), timedelta(seconds=seconds)
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = distributed.TCPStore(
+        os.environ.get("MASTER_ADDR", "localhost"),
+        _number("MASTER_PORT", 29500),
+        here.size,
+        is_master=not hosted and here.main,
+        timeout=wait,
+        wait_for_workers=not hosted,
+        multi_tenant=True,
+    )
+    # The launcher's store outlives a restart, and would lead to the addresses of the dead.
+    own = distributed.PrefixStore(f"endside/{_start()}/{here.size}", store)
     if device == "cuda":
-        torch.cuda.set_device(world().local_rank)
-    distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
+        torch.cuda.set_device(here.local_rank)
+    distributed.init_process_group(
+        backend, store=own, rank=here.rank, world_size=here.size, timeout=wait
+    )
+
+
+def _start() -> int:
+    """How often the launcher has started these processes anew."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def leave() -> None:
@@ -79,7 +99,7 @@ def first_to_fail() -> bool:
         return True
     from torch import distributed
 
-    key = f"endside/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    key = f"endside/failed/{_start()}"
     with suppress(distributed.DistError, OSError, KeyError):
         store = distributed.TCPStore(
             os.environ["MASTER_ADDR"],

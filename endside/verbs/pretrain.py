@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from endside.dist import world
 from endside.verbs import parse
 
 
@@ -38,4 +39,5 @@ def main(argv: list[str]) -> None:
             model, folder, tokenizer_files=tokenizer, overwrite=True
         ),
     )
-    print(run / "model")
+    if world().main:
+        print(run / "model")

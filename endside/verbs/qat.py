@@ -9,6 +9,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from endside.dist import world
 from endside.verbs import parse
 
 
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> None:
         decay_from=flags.decay_from,
         export=export,
     )
-    print(run / "model")
+    if world().main:
+        print(run / "model")
 
 
 def write_packed(model: Any, folder: Path, scheme: Any, tokenizer: str = "") -> None:

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 def launch(config: Path, run: Path, *options: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-         "0", *options, "-m", "endside", "pretrain", str(config), f"run={run}"],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         *options, "-m", "endside", "pretrain", str(config), f"run={run}"],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -64,6 +64,7 @@ def test_a_killed_process_is_started_again(shards: Path, tmp_path: Path) -> None
     said, _ = torn.communicate(timeout=300)
     assert torn.returncode == 0, said
     assert "resuming from" in said
+    assert said.count(str(tmp_path / "torn" / "model")) == 1
     assert losses(tmp_path / "torn") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 60
 
