@@ -73,8 +73,31 @@ def test_the_same_greedy_text_as_our_executors(file: Path, theirs: LlamaExecutor
     engine.prefixes.clear()
     assert theirs.room() == theirs.capacity
     for name in ("native", "torch"):
-        want = _answers(Engine(_make(file, name), max_batch=3), prompts)
-        assert got == [*want, want[1]], name
+        ours = _make(file, name)
+        beside = Engine(ours, max_batch=3)
+        want = _answers(beside, prompts)
+        beside.prefixes.clear()
+        for prompt, one, other in zip([*prompts, prompts[1]], got, [*want, want[1]], strict=True):
+            _same_or_undecided(ours, theirs, prompt, one, other)
+
+
+def _same_or_undecided(
+    ours: Executor, theirs: Executor, prompt: tuple[int, ...], got: list[int], want: list[int]
+) -> None:
+    """Texts may part only where both tokens are as likely as the executors' sums differ."""
+    if got == want:
+        return
+    at = next(i for i, (one, other) in enumerate(zip(got, want, strict=True)) if one != other)
+    history = np.array([*prompt, *want[:at]])
+    rows = []
+    for executor in (ours, theirs):
+        seq = executor.open(len(history))
+        rows.append(executor.prefill(seq, history, logits="last"))
+        executor.close(seq)
+    apart = np.abs(rows[0] - rows[1]).max()
+    print(f"token {at} of {len(want)}: logits differ by {apart:.1e}")
+    assert apart <= 5e-3 * np.abs(rows[0]).max(), "no rounding"
+    assert rows[0][want[at]] - rows[0][got[at]] <= 2 * apart, "decided, and yet another token"
 
 
 PARENTS = np.array([-1, 0, 0, 1, -1, 4, 3])

@@ -28,6 +28,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,12 @@ def library() -> Any:
     return llama_cpp
 
 
+@cache
+def _silence(library: Any) -> Any:
+    """The library's log goes nowhere. It keeps one callback for all models, so ours never dies."""
+    return library.llama_log_callback(lambda level, text, data: None)
+
+
 class LlamaExecutor:
     """Implements `Executor`. The library's context with all its cells is made here, once."""
 
@@ -131,8 +138,7 @@ class LlamaExecutor:
     def _made(self, plan: Plan) -> tuple[Any, Any]:
         """The library's model and context."""
         low = self.library
-        self._quiet = low.llama_log_callback(lambda level, text, data: None)
-        low.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        low.llama_log_set(_silence(low), ctypes.c_void_p(0))
         low.llama_backend_init()
         wanted = low.llama_model_default_params()
         wanted.n_gpu_layers = 0

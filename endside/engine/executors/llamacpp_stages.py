@@ -17,7 +17,8 @@ import numpy as np
 
 from endside.errors import UserError
 
-NAMES = re.compile(r"l_out-(\d+)|result_norm|inp_scaled|inp_embd")
+EMBED = ("embd", "inp_scaled", "inp_embd")  # after scaling, by the versions' names
+NAMES = re.compile(rf"l_out-(\d+)|result_norm|{'|'.join(EMBED)}")
 
 
 class Stages:
@@ -43,7 +44,7 @@ class Stages:
 
     def taken(self) -> dict[str, np.ndarray]:
         """Stage -> (T, C) float32, in order; UserError where the library named none."""
-        embed = "inp_scaled" if "inp_scaled" in self._parts else "inp_embd"
+        embed = next((name for name in EMBED if name in self._parts), EMBED[0])
         layers = sum(name.startswith("l_out-") for name in self._parts)
         order = {"embed": embed, **{f"layer {n}": f"l_out-{n}" for n in range(layers)}}
         order["norm"] = "result_norm"
