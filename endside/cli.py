@@ -27,6 +27,7 @@ VERBS = {
     "check": "muP coordinate check: does anything grow with the width?",
     "sft": "fine-tune on conversations: CONFIG.toml [key=value ...]",
     "qat": "train a model in ternary or int4 weights: CONFIG.toml [key=value ...]",
+    "data": "text to token shards (pack), and whether they are whole (check)",
     "draft": "speculation: count token frequencies (rank), train a draft head (train)",
     "plan": "memory and time of a training run on N devices, before it starts",
     "plot": "loss curves of one or more runs as a PNG",
