@@ -103,9 +103,10 @@ def main(arguments: list[str] | None = None) -> int:
     if failed:
         print("benchmarks: not run, a test failed")
     elif not options.tests_only:
-        from bench import attend_gpu
+        from bench import attend_gpu, train_gpu
 
         report["attend"] = attend_gpu.measure(deadline)
+        report["train"] = train_gpu.measure(deadline)
     report["seconds"] = time.monotonic() - start
     options.out.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "_", facts["device"].lower()).strip("_")

@@ -34,7 +34,7 @@ except ImportError:
     pass
 else:
     raise SystemExit("nothing was hidden")
-from bench import attend_gpu, gpu_check, gpu_tests
+from bench import attend_gpu, gpu_check, gpu_tests, train_gpu
 import endside.ops.infllm.triton
 assert len(gpu_tests.TESTS) >= 7, "tests are missing"
 torch.cuda.is_available = lambda: False

@@ -37,7 +37,7 @@ from endside.train.optim import make_optimizer
 from endside.train.pretrain import PretrainConfig, deterministic, make_model
 
 KINDS = ("embedding", "attention out", "mlp out", "residual", "logits")
-LIMIT = 0.25  # of a slope that counts as flat: half of the smallest that a missing scale causes
+LIMIT = 0.25  # of a slope that counts as flat; a missing scale makes slopes of 1/2 and more
 
 Quantity = Literal["size", "change"]
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 PLACES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # keys of the header, named by PyTorch
 
@@ -43,6 +42,8 @@ class Parts(Mapping[str, torch.Tensor]):
     def __init__(self, folder: Path) -> None:
         self._parts: dict[str, list[_Part]] = {}
         for file in sorted(folder.glob("*.safetensors")):
+            from safetensors import safe_open
+
             with safe_open(file, "pt") as opened:
                 places = json.loads(opened.metadata()[PLACES])
                 for name in opened.keys():  # noqa: SIM118 (no mapping)
@@ -56,6 +57,8 @@ class Parts(Mapping[str, torch.Tensor]):
         ends = [[o + n for o, n in zip(p.offsets, p.shape, strict=True)] for p in parts]
         whole: torch.Tensor | None = None
         for part in parts:
+            from safetensors import safe_open
+
             with safe_open(part.file, "pt") as opened:
                 piece = opened.get_tensor(name)
             if whole is None:

@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from endside.ops.cross_entropy.reference import IGNORE
 
-PIECE = 1 << 21  # logits that softmax handles at once: fastest of 2^20 .. 2^23 (decisions)
+LARGE = 1 << 28  # both of the following on a GPU, which wants few large kernels
+PIECE = 1 << 21  # logits that softmax handles at once: 8 MiB in fp32, some of which stays in cache
 HELD = 1 << 25  # gradients of logits held at once
 
 
@@ -52,7 +53,7 @@ class _HeadLoss(torch.autograd.Function):
         to_states = torch.empty_like(states) if wanted else None
         to_matrix = None
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        rows = max(1, HELD // len(matrix))
+        rows = max(1, (HELD if hidden.device.type == "cpu" else LARGE) // len(matrix))
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(states), rows):
                 part = slice(start, start + rows)
@@ -90,7 +91,7 @@ def _logits(
     losses = torch.empty(len(states), dtype=wide, device=states.device)
     held = (len(states), len(matrix)) if wanted else (0, 0)
     gradient = torch.empty(held, dtype=states.dtype, device=states.device)
-    rows = max(1, PIECE // len(matrix))
+    rows = max(1, (PIECE if states.device.type == "cpu" else LARGE) // len(matrix))
     for start in range(0, len(states), rows):
         part = slice(start, start + rows)
         counted = targets[part] != IGNORE

@@ -56,8 +56,12 @@ def attend(
         raise UserError(
             f"attend: impl {name!r} does not exist: use one of {', '.join(IMPLEMENTATIONS)}"
         )
+    import torch
+
     run = import_module(f"endside.ops.infllm.{name}").attend
-    return run(q, k, v, sparse=sparse, summaries=summaries, lengths=lengths)
+    # The operation chooses its own numbers: autocast would round the sums inside it.
+    with torch.autocast(q.device.type, enabled=False):
+        return run(q, k, v, sparse=sparse, summaries=summaries, lengths=lengths)
 
 
 def attend_packed(
