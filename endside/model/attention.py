@@ -15,7 +15,7 @@ from endside.model.config import ModelConfig
 from endside.model.linear import Linear, MakeLinear
 from endside.ops import attention, infllm
 from endside.ops.attention.packing import Packing
-from endside.ops.rope import rotate
+from endside.ops.rope.rotation import rotate
 
 
 class Attention(nn.Module):
