@@ -5,7 +5,8 @@
 
 The peer is llama_decode itself (bench/peer_bench.cc) in a library built from source for this
 processor (bench/peer_llamacpp.py), with Q4_0 and the Q6_K head of its own quantizer or TQ2_0, f16
-cache, and in each cell the faster of flash attention on and off. Random weights and random tokens
+cache (ours: f16, and bf16 on processors with tiles), and in each cell the faster of flash attention
+on and off. Random weights and random tokens
 on both sides. Rounds are A B A B with the bandwidth probe between, on a buffer as large as our
 bytes per token and in the same kind of pages (bench/peer_duel.py); a cell's ratio is the median of
 its rounds', and its spread is printed. Depths are repeated states, validated by --validate. What
@@ -31,6 +32,8 @@ from typing import Any
 
 import peer_llamacpp
 from peer_duel import Probe, Rounds, Worker, duel, page_kind, spread, worker
+
+from endside import native
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PREFIX = {"ours": 4096, "peer": 512}  # tokens of a depth that are computed; the rest are copies
@@ -194,9 +197,15 @@ def _summary(cell: Cell, found: Rounds, size: int, pages: str) -> dict[str, Any]
     }  # fmt: skip
 
 
+def _cells_of_cache() -> tuple[str, ...]:
+    """Keys and values in as many bytes as the peer's f16: bf16 where tiles multiply that."""
+    return ("--kv", "bf16") if native.available_isas()[-1:] == ["amx"] else ()
+
+
 def _commands(engine: Engine, folder: Path, threads: int) -> tuple[list, list]:
     ours = [sys.executable, "-m", "endside", "bench", f"random:{engine.preset}", "--serve",
-            *engine.flags, "--threads", threads, "--context", engine.context]  # fmt: skip
+            *engine.flags, *_cells_of_cache(), "--threads", threads,
+            "--context", engine.context]  # fmt: skip
     model = peer_llamacpp.model(folder, engine.peer)
     return ours, [peer_llamacpp.driver(folder), "serve", model, threads]
 
@@ -298,6 +307,7 @@ def _machine(flags: argparse.Namespace) -> dict[str, Any]:
              if line.startswith("model name")]  # fmt: skip
     return {"cpu": named[0] if named else platform.machine(), "cores": os.cpu_count(),
             "threads": flags.threads, "load": os.getloadavg()[0],
+            "ours": native.status(), "our_cache": " ".join(_cells_of_cache()) or "f16",
             "peer": peer_llamacpp.PACKAGE,
             "peer_system": peer_llamacpp.system(flags.peer_dir, flags.threads)}  # fmt: skip
 
