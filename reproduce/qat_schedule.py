@@ -89,9 +89,9 @@ def low_bits(base: PretrainConfig, steps: int, start: str, rate: float, seed: in
             warmup=max(1, budget // 20), decay=min(round(DECAY * budget), steps - budget // 20),
             floor=0.05,
         ),
-        "optim": OptimConfig(learning_rate=rate),
+        "optim": OptimConfig(learning_rate=rate), "init_from": start,
     }  # fmt: skip
-    return QatConfig(**values, init_from=start, kind="ternary", group=GROUP)
+    return QatConfig(**values, kind="ternary", group=GROUP)
 
 
 def train(cfg: PretrainConfig, folder: Path) -> float:

@@ -2,7 +2,8 @@
 
     weights, gradients    4 bytes a parameter; Adam's moments 8 more (`train.optim`, fused)
     activations           what autograd keeps, tensor by tensor (`_block_bytes`)
-    logits                12 bytes x V a token at the worst moment: log-softmax and two gradients
+    logits                12 bytes each at the worst moment, of as many as exist at once
+                          (`ops.head_loss`), and the head's gradient, which is made beside them
     copies                bfloat16 weights that autocast keeps until the end of the step
     gathered              fsdp: what is outside the blocks, two blocks and the gradient of one
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from endside.model.config import ModelConfig
 from endside.model.flops import parameters, training_flops
+from endside.ops.head_loss.fused import LARGE
 from endside.train.parallel import ParallelConfig
 
 # How often a saved value passes through memory in all: written, read again forward and backward,
@@ -105,7 +107,9 @@ def memory(work: Work, devices: int) -> Bytes:
     gathered = (outside * 8 + one * (2 * width + 4 + width)) if fsdp else 0.0
     tokens = work.batch / data * work.seq_len
     kept = _kept_bytes(work, split)
-    at_once = min(tokens, work.chunk or tokens)
+    logits = min(tokens, work.chunk or tokens) * work.model.vocab_size
+    if not work.chunk:
+        logits = min(logits, LARGE)
     return Bytes(
         weights=4 * held,
         moments=8 * held,
@@ -113,7 +117,7 @@ def memory(work: Work, devices: int) -> Bytes:
         copies=2 * (blocks + outside) if work.bf16 and not fsdp else 0.0,
         gathered=gathered,
         activations=tokens * kept,
-        logits=12 * at_once * work.model.vocab_size,
+        logits=12 * logits + 4 * work.model.vocab_size * work.model.hidden_size,
         accumulating=work.accumulate > 1,
     )
 
@@ -133,18 +137,16 @@ def _block_bytes(work: Work, split: int) -> float:
     width, query = model.hidden_size, model.num_attention_heads * model.head_dim
     keys = 2 * model.num_key_value_heads * model.head_dim
     inside = 2 * query + keys + 4 * model.intermediate_size
-    # Each norm keeps its input and what it scales; in float32 its output serves all projections,
-    # in bfloat16 each of the five has a copy of its own.
-    if work.bf16:
-        return 16 * width + 2 * (5 * width + inside / split)
-    return 4 * (6 * width + inside / split)
+    # Each norm keeps its input; its output, cast once in bfloat16, serves all projections.
+    each = 2 if work.bf16 else 4
+    return 8 * width + each * (2 * width + inside / split)
 
 
 def _kept_bytes(work: Work, split: int) -> float:
-    """Bytes kept per token by all blocks, and the last norm."""
+    """Bytes kept per token: by all blocks, the last norm, and the loss (its input's gradient)."""
     each = _block_bytes(work, split)
     layers = work.model.num_hidden_layers + work.model.mtp_layers
-    last = 12 * work.model.hidden_size
+    last = (4 + (2 if work.bf16 else 4)) * work.model.hidden_size
     if work.recompute:
         return layers * 4 * work.model.hidden_size + each + last
     return layers * each + last
