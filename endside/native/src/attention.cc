@@ -209,8 +209,10 @@ void attend(Team& team, const Cache& cache, int64_t layer, const AttentionShape&
                      rooms.tree};
   Attend work = {team, step, sizes, rooms, own, out, visible};
   work.prepare(spans, span_count, q);
-  // a tile and a key head per thread at least, or their parts are shared out
-  const bool enough = *rooms.tile_count * sizes.kv_heads >= 2 * team.size();
+  // Enough tiles and key heads for every thread, or their parts are shared out; one tile whose heads
+  // fall evenly on the threads is as well balanced, and meets at fewer barriers.
+  const bool enough = *rooms.tile_count * sizes.kv_heads >= 2 * team.size() ||
+                      (*rooms.tile_count == 1 && sizes.kv_heads % team.size() == 0);
   if (team.size() == 1 || enough) {
     work.many();
   } else {

@@ -21,6 +21,8 @@
 
 #include "product.h"
 
+#include <type_traits>
+
 namespace endside {
 namespace {
 
@@ -152,6 +154,18 @@ inline Vec cut(Vec x) {
       _mm512_and_si512(bits_of(x), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+// The same of numbers that are bf16 as they lie.
+inline __m256i sixteen(const BF16* cells) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(cells));
+}
+inline __m512i paired(__m256i x, __m256i y) {
+  alignas(64) static constexpr uint16_t ORDER[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
+  return _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), both);
+}
+
 // Numbers of the cache, `rows` rows of `stride`, of which the first `limit` count and the others are
 // zero, as the right side of a product. Columns are read up to the next multiple of 16. `ahead`, as
 // large as the cells, will be read soon; null for none.
@@ -169,11 +183,18 @@ inline void pack_cells(const T* cells, const void* ahead, int64_t stride, int64_
     for (int64_t column = 0; column < wide; ++column, to += TILE_BYTES) {
       __builtin_prefetch(line, 0, 2);  // into the second level
       line += line_step;
-      const Vec x = row < limit ? widen(from + column * LANES) : zero();
-      const Vec y = row + 1 < limit ? widen(from + stride + column * LANES) : zero();
-      _mm512_store_si512(to, paired(x, y));
-      if constexpr (TERMS > 1) {
-        _mm512_store_si512(to + plane, paired(sub(x, cut(x)), sub(y, cut(y))));
+      if constexpr (std::is_same_v<T, BF16>) {
+        const __m256i none = _mm256_setzero_si256();
+        const __m256i x = row < limit ? sixteen(from + column * LANES) : none;
+        const __m256i y = row + 1 < limit ? sixteen(from + stride + column * LANES) : none;
+        _mm512_store_si512(to, paired(x, y));
+      } else {
+        const Vec x = row < limit ? widen(from + column * LANES) : zero();
+        const Vec y = row + 1 < limit ? widen(from + stride + column * LANES) : zero();
+        _mm512_store_si512(to, paired(x, y));
+        if constexpr (TERMS > 1) {
+          _mm512_store_si512(to + plane, paired(sub(x, cut(x)), sub(y, cut(y))));
+        }
       }
     }
   }
