@@ -119,7 +119,7 @@ def _layout(checkpoint: Checkpoint, block: Any, config: ModelConfig) -> Layout |
         "awq": Awq.from_config,
         METHOD: lambda one: Packed(Scheme.from_config(one)),
     }
-    if method not in readers:
+    if method not in tuple(readers):  # a hostile file's method may not be hashable
         raise UserError(
             f"config.json {QUANTIZED}.quant_method is {method!r}: {', '.join(readers)} are read; "
             "use another export of the model"

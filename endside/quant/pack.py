@@ -111,7 +111,7 @@ class Scheme:
         kind, group = config.get("kind"), config.get("group_size")
         symmetric, head = config.get("sym", True), config.get("head")
         where = "config.json quantization_config"
-        if kind not in BITS:
+        if kind not in tuple(BITS):  # a hostile file's kind may not be hashable
             raise UserError(f"{where}.kind is {kind!r}: use {', '.join(BITS)}")
         if type(group) is not int or not 1 <= group <= 1 << 20:
             raise UserError(f"{where}.group_size is {group!r}: it must be a positive whole number")

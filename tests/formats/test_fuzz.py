@@ -59,6 +59,12 @@ def test_known_traps(files: dict[str, bytes]) -> None:
     assert not fuzz.run(fuzz.Case(files, name))
 
 
+@pytest.mark.parametrize("block", [{"quant_method": []}, {"quant_method": "endside", "kind": [1]}])
+def test_names_that_cannot_be_looked_up(block: dict) -> None:
+    config = json.dumps(fuzz._config() | {"quantization_config": block}).encode()
+    assert not fuzz.run(fuzz.Case({**fuzz.folder("plain"), "config.json": config}, ""))
+
+
 def test_the_limits_bite() -> None:
     """A reader that hoards or hangs is noticed."""
     with pytest.raises(AssertionError, match="bytes held"), fuzz.limits(10):
