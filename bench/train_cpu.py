@@ -321,7 +321,7 @@ def main() -> int:
     }  # fmt: skip
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     flags.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return int(best < TARGET)
 
 
 if __name__ == "__main__":
