@@ -71,6 +71,15 @@ class LoopConfig(Protocol):
     spikes: SpikeConfig
 
 
+def check_counts(cfg: Any) -> None:
+    """The counts of every stage's configuration; UserError names the one that is too small."""
+    for name in ("steps", "batch", "accumulate", "seq_len", "eval_rows"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{name} is {getattr(cfg, name)}: it must be at least 1")
+    if min(cfg.eval_every, cfg.checkpoint_every, cfg.checkpoint_seconds) < 0:
+        raise UserError("eval_every, checkpoint_every and checkpoint_seconds must be at least 0")
+
+
 @dataclass(frozen=True)
 class _Step:
     """What one optimiser step gave."""

@@ -39,7 +39,7 @@ from endside.model.presets import preset
 from endside.model.transformer import Transformer
 from endside.train import ema, parallel
 from endside.train import schedule as wsd
-from endside.train.loop import Evaluate, loop
+from endside.train.loop import Evaluate, check_counts, loop
 from endside.train.losses import LossConfig, next_token
 from endside.train.optim import OptimConfig
 from endside.train.parallel import ALONE, ParallelConfig, Team
@@ -86,13 +86,7 @@ class PretrainConfig:
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "seq_len", "eval_rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if min(self.eval_every, self.checkpoint_every, self.checkpoint_seconds) < 0:
-            raise UserError(
-                "eval_every, checkpoint_every and checkpoint_seconds must be at least 0"
-            )
+        check_counts(self)
         if self.seq_len > self.model.max_position_embeddings:
             raise UserError(
                 f"seq_len {self.seq_len} is longer than model.max_position_embeddings "

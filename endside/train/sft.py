@@ -49,7 +49,7 @@ from endside.model.transformer import Transformer
 from endside.tokenizer import Tokenizer
 from endside.train import ema, lora, parallel
 from endside.train import schedule as wsd
-from endside.train.loop import Evaluate, loop
+from endside.train.loop import Evaluate, check_counts, loop
 from endside.train.lora import LoraConfig
 from endside.train.losses import LossConfig, next_token
 from endside.train.optim import OptimConfig
@@ -100,13 +100,7 @@ class SftConfig:
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "seq_len", "eval_rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if min(self.eval_every, self.checkpoint_every, self.checkpoint_seconds) < 0:
-            raise UserError(
-                "eval_every, checkpoint_every and checkpoint_seconds must be at least 0"
-            )
+        check_counts(self)
         if not 0 <= self.ema < 1 or (self.export == "ema" and not self.ema):
             raise UserError(
                 f"ema is {self.ema} and export {self.export!r}: ema is a decay from 0 (none is "
