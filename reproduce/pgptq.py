@@ -64,6 +64,7 @@ from endside.train.losses import LossConfig, next_token
 from endside.train.optim import OptimConfig
 from endside.train.run_folder import RunFolder
 from endside.train.schedule import ScheduleConfig
+from endside.train.spikes import SpikeConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BOS, EOS = 0, 1
@@ -97,6 +98,9 @@ class Training:
     checkpoint_every: int = 0
     checkpoint_seconds: float = 30.0
     precision: Literal["float32"] = "float32"
+    ema: float = 0.0
+    tensorboard: bool = False
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 

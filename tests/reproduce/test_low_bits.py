@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from endside.formats import hf
 from endside.model.batch import Batch
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
 from endside.quant.report import Heldout
-from reproduce import pgptq, qat_schedule
+from endside.train.loop import LoopConfig
+from reproduce import bits, needle, pgptq, qat_schedule
 from reproduce.qat_schedule import Run
 
 
@@ -97,3 +100,29 @@ def test_every_run_spends_the_same_budget(steps: int, tmp_path: Path) -> None:
         assert cfg.schedule.decay == min(round(0.2 * steps), steps - spent - steps // 20)
         assert cfg.model.vocab_size == 257 and cfg.group == qat_schedule.GROUP
     assert sum(p.numel() for p in Transformer(base.model).parameters()) < 1_000_000
+
+
+@pytest.mark.parametrize("config", [pgptq.Training, needle.Stage])
+def test_configurations_of_their_own_have_all_that_the_loop_reads(config: type) -> None:
+    assert set(LoopConfig.__annotations__) <= {one.name for one in fields(config)}
+
+
+def test_float_weights_are_measured_as_pytorch_measures_them(tmp_path: Path) -> None:
+    """And every rounding is counted against them: coarser codes, wider apart."""
+    config = replace(preset("tiny"), hidden_size=128, intermediate_size=256)
+    model = Transformer(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    folder = hf.save(model, tmp_path / "model", dtype="float32")
+    tokens = np.random.default_rng(1).integers(2, config.vocab_size, (3, 33))
+    with torch.no_grad():
+        given = torch.tensor(tokens[:, :-1])
+        want = model.logits(model(Batch(given))).log_softmax(-1)
+    said = bits.setting(folder, tokens, "none", "none", "f16")
+    assert np.abs(said - want.numpy()).max() < 1e-2
+    chosen = want.gather(-1, torch.tensor(tokens[:, 1:, None]))
+    assert bits.perplexity(said, tokens) == pytest.approx((-chosen.mean()).exp().item(), rel=1e-3)
+    made = {(row.blocks, row.head, row.cache): row for row in bits.measure(folder, tokens)}
+    assert made["none", "none", "f16"].apart == 0 and made["none", "none", "f16"].same == 1
+    fine, coarse = made["none", "int8", "f16"], made["none", "int4", "f16"]
+    assert 0 < fine.apart < coarse.apart < made["int4", "int4", "f16"].apart
+    assert "+0.00%" in bits.table(list(made.values()))
