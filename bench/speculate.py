@@ -33,7 +33,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,9 +44,12 @@ from endside.checkpoint import Checkpoint
 from endside.data.pack import open_packed
 from endside.engine.choice import Chosen
 from endside.engine.draft import Drafts, Tree
+from endside.engine.drafts import running
 from endside.engine.drafts.eagle import HeadDrafter, Heads
-from endside.engine.drafts.head import Head
+from endside.engine.drafts.expand import Guesses
+from endside.engine.drafts.head import Rows, Window
 from endside.engine.drafts.lookup import Lookup
+from endside.engine.drafts.native_head import NativeHead
 from endside.engine.engine import Engine
 from endside.engine.executor import Executor
 from endside.engine.executors import Plan, create
@@ -59,6 +61,7 @@ from endside.engine.treesize import AutoSize, measure
 from endside.formats import draft_head
 from endside.formats.draft_head import LAYER, DraftHead
 from endside.model.config import ModelConfig
+from endside.native.draft import Team
 from endside.tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -155,13 +158,12 @@ class ReplayedHeads(Heads):
         return [*path, fresh]
 
 
-class ReplayedHead(Head):
+class ReplayedHead(NativeHead):
     """Node number n of the traced tree is token n of the head's own vocabulary."""
 
     parents = np.full(NODES, -1)
     asked: np.ndarray | None = None
-    seconds = 0.0  # in the output head
-    rows = 0
+    rows = 0  # that were guessed from
 
     def hidden(self, features: np.ndarray) -> np.ndarray:
         self.asked = None  # what comes next is the text's last pair
@@ -171,18 +173,20 @@ class ReplayedHead(Head):
         self.asked = own
         return super().names(own)
 
-    def guess(self, states: np.ndarray) -> np.ndarray:
-        begun = time.perf_counter()
-        out = super().guess(states)
-        self.seconds += time.perf_counter() - begun
-        self.rows += len(states)
-        out -= 1000.0  # below any of the traced tree
-        nodes = np.array([-1]) if self.asked is None else self.asked
-        for row, node in enumerate(nodes.tolist()):
-            # Any numbers that fall along the ranking give the same tree.
+    def run(
+        self, rows: Rows, window: Window, *, guesses: int = 0, width: int = 1
+    ) -> tuple[np.ndarray, Guesses]:
+        states, found = super().run(rows, window, guesses=guesses, width=width)
+        self.rows += guesses
+        # Any numbers that fall along the ranking give the same tree; the rest is below all of it.
+        found.tokens[:] = np.arange(100, 100 + found.tokens.shape[1])
+        found.chances[:] = -1000.0 - np.arange(found.tokens.shape[1])
+        nodes = [-1] if self.asked is None else self.asked.tolist()
+        for row, node in enumerate(nodes):
             children = np.flatnonzero(self.parents == node) if node < NODES else np.empty(0, int)
-            out[row, children] = (node - children) * 0.01
-        return out
+            found.tokens[row, : len(children)] = children
+            found.chances[row, : len(children)] = (node - children) * 0.01
+        return states, found
 
 
 def head_of(kind: str, base: ModelConfig, executor: Any) -> ReplayedHead:
@@ -210,10 +214,13 @@ def head_of(kind: str, base: ModelConfig, executor: Any) -> ReplayedHead:
     ]:
         made[name] = np.ones(width, np.float32)
     ids = np.arange(int(SHARE * base.vocab_size)) if kind == "frspec" else None
-    return ReplayedHead(
+    head = ReplayedHead(
         DraftHead("eagle2", base, made, ids), base, embed=executor.embed_rows,
         rows=executor.head_rows, context=executor.context, bits="int4",
+        team=Team(executor.model),
     )  # fmt: skip
+    head.core.set_timing(True)
+    return head
 
 
 def answer(engine: Engine, prompt: np.ndarray, tokens: int) -> tuple[Handle, float]:
@@ -256,13 +263,14 @@ def trained(executor: Any, costs: dict[int, float], temperature: float, rounds: 
     for kind in KINDS:
         head = heads[kind].head
         assert isinstance(head, ReplayedHead)
+        spent = head.core.timing()
         ratios = [a / b for a, b in zip(speeds[kind], speeds["plain"], strict=True)]
         row[kind] = {
             "tokens_per_s": spread(speeds[kind]),
             "ratio": spread(ratios),
             "tokens_per_pass": rounds * ANSWER / passes[kind],
             "nodes": sizes[kind].best(1),
-            "head_s_per_row": head.seconds / head.rows,
+            "head_s_per_row": (spent["out"] + spent["choose"]) / head.rows,
             "accepted": {nodes: traces[kind].accepted(nodes) for nodes in (2, 3, 7, 15, 31)},
         }
     saved = 1 - row["frspec"]["head_s_per_row"] / row["full"]["head_s_per_row"]
@@ -311,7 +319,8 @@ def editing(executor: Any, costs: dict[int, float], rounds: int) -> dict:
 
 def record(model: Path, draft: Path, tokens: Path, out: Path) -> None:
     """Traces of a trained model and its head on held-out text, and how fast both really are."""
-    executor: Any = create(Checkpoint.open(model), Plan(executor="native", max_batch=1))
+    plan = Plan(executor="native", max_batch=1)
+    executor: Any = create(Checkpoint.open(model), plan)
     packed = open_packed(tokens)
     weights = draft_head.read(Checkpoint.open(draft), executor.vocab_size)
     train = np.concatenate(packed.tokens("train"))
@@ -319,10 +328,9 @@ def record(model: Path, draft: Path, tokens: Path, out: Path) -> None:
     cut = counted[: int(SHARE * executor.vocab_size)]
     heads = {
         kind: Heads(
-            Head(
-                replace(weights, ids=cut if kind == "frspec" else None), executor.config,
-                embed=executor.embed_rows, rows=executor.head_rows, context=executor.context,
-                bits="int4" if weights.bits == "int4" else "float",
+            running(
+                replace(weights, ids=cut if kind == "frspec" else None), executor, plan,
+                "int4" if weights.bits == "int4" else "float",
             )
         )
         for kind in KINDS

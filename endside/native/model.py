@@ -206,6 +206,11 @@ class Model:
         """`plan` before there is a model; like `memory`, it needs no buffers."""
         return native.call("plan", *_parts(shape, weights, sparse, cache, limits or Limits()))
 
+    @property
+    def core(self) -> object:
+        """What the core made, for its other parts to work with."""
+        return self._core
+
     def set_timing(self, on: bool) -> None:
         """Starts (from zero) or stops measuring the stages; it costs a look at a clock each."""
         self._core.set_timing(on)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from endside.errors import UserError
 
 if TYPE_CHECKING:
     from endside.checkpoint import Checkpoint
     from endside.engine.draft import Drafts
+    from endside.engine.drafts.head import Bits, Head
     from endside.engine.executor import Executor
     from endside.engine.executors import Plan
+    from endside.formats.draft_head import DraftHead
 
 NAMES = ("auto", "none", "lookup", "mtp", "bita")
 BITA = "bita"  # folder of soft tokens inside the model's
@@ -82,17 +84,32 @@ def _from_folder(folder: Path, executor: Executor, plan: Plan) -> Drafts:
         return _soft(checkpoint, executor)
     from endside.engine.draft import check_drafts
     from endside.engine.drafts.eagle import Heads
-    from endside.engine.drafts.head import Head
 
     weights = draft_head.read(checkpoint, base.vocab_size)
     low = "int8" if plan.quant != "none" else "float"
-    head = Head(
-        weights, base, embed=executor.embed_rows, rows=executor.head_rows,
-        context=executor.context, bits="int4" if weights.bits == "int4" else low,
-    )  # fmt: skip
-    drafts = Heads(head)
+    drafts = Heads(running(weights, executor, plan, "int4" if weights.bits == "int4" else low))
     check_drafts(drafts, executor.vocab_size)
     return drafts
+
+
+def running(weights: DraftHead, executor: Any, plan: Plan, bits: Bits) -> Head:
+    """A head for the model that an executor runs: in the native core where there is one.
+
+    With the native executor it works with that one's threads, between the model's passes.
+    """
+    from endside import native
+    from endside.engine.drafts.head import Head
+
+    given = {"embed": executor.embed_rows, "rows": executor.head_rows, "context": executor.context}
+    if native.load() is None:
+        return Head(weights, executor.config, bits=bits, **given)
+    from endside.engine.drafts.native_head import NativeHead
+    from endside.engine.executors.native_plan import thread_count
+    from endside.native.draft import Team
+
+    model = executor.model if executor.name == "native" else None
+    team = Team(model, thread_count(plan.threads), plan.isa)
+    return NativeHead(weights, executor.config, bits=bits, team=team, **given)
 
 
 def _soft(checkpoint: Checkpoint, executor: Executor) -> Drafts:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import numpy as np
 
 from endside.engine.draft import MAX_ROWS, Tree
-from endside.engine.drafts.expand import expand
+from endside.engine.drafts.expand import Guesses, expand, likeliest
 from endside.engine.request import Request
 from endside.formats.draft_soft import SoftTokens
 
@@ -92,13 +92,13 @@ class BitaDrafter:
 
 def _guesses(answers: np.ndarray, rows: int) -> Tree:
     """answers (m, V): what each level of a tree is -> its `rows` likeliest nodes."""
-    width = min(WIDTH, answers.shape[1])
-    tokens = np.argpartition(-answers, width - 1, axis=1)[:, :width]
-    chances = np.take_along_axis(answers, tokens, 1)  # (m, width)
-    level = iter(chances[1:])
+    levels = zip(*likeliest(answers, WIDTH), strict=True)  # (w,) tokens, (w,) chances
 
-    def step(nodes: np.ndarray, parents: np.ndarray) -> np.ndarray:
-        return np.tile(next(level), (len(nodes), 1))
+    def following(count: int) -> Guesses:
+        tokens, chances = next(levels)
+        return Guesses(np.tile(tokens, (count, 1)), np.tile(chances, (count, 1)))
 
-    tree = expand(chances[0], step, rows=rows, depth=len(answers), width=width)
-    return Tree(tokens[tree.depths() - 1, tree.tokens], tree.parents)
+    def step(nodes: np.ndarray, parents: np.ndarray) -> Guesses:
+        return following(len(nodes))
+
+    return expand(following(1), step, rows=rows, depth=len(answers), width=WIDTH)

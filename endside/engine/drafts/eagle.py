@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 
 from endside.engine.draft import Tree
-from endside.engine.drafts.expand import DEPTH, WIDTH, expand
-from endside.engine.drafts.head import PIECE, Head, Window
+from endside.engine.drafts.expand import DEPTH, WIDTH, Guesses, expand
+from endside.engine.drafts.head import BITS, PIECE, Head, Rows, Window
 from endside.engine.request import Request
 
 
@@ -22,6 +22,7 @@ class Heads:
     """Implements `Drafts` with one head for all sequences."""
 
     def __init__(self, head: Head, *, depth: int = DEPTH, width: int = WIDTH) -> None:
+        assert (depth - 1) * width <= BITS, "more nodes than bits would be asked for children"
         self.name = head.kind
         self.vocab_size = head.config.vocab_size
         self.feature_layers = head.feature_layers
@@ -40,7 +41,7 @@ class HeadDrafter:
         self._head, self._depth, self._width = head, depth, width
         self._window: Window = head.window()
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []  # tokens and features, not yet run
-        self._first = np.empty(0, np.float32)  # log-probabilities behind the last pair
+        self._first: Guesses | None = None  # what may follow the last pair
         self._state = np.empty((0, 0), np.float32)  # what the last pair left (1, C)
 
     def accepted(self, tokens: np.ndarray, features: np.ndarray | None) -> None:
@@ -55,9 +56,9 @@ class HeadDrafter:
     def propose(self, history: np.ndarray, rows: int) -> Tree:
         """The likeliest `rows` nodes after history (S,), whose last token is not stored yet."""
         self._commit(history)
-        if not len(self._state):
+        if self._first is None:
             return Tree.empty()
-        grown = _Growing(self._head, self._window, self._state, len(history) - 1)
+        grown = _Growing(self._head, self._window, self._state, len(history) - 1, self._width)
         tree = expand(self._first, grown.step, rows=rows, depth=self._depth, width=self._width)
         return Tree(self._head.names(tree.tokens), tree.parents)
 
@@ -77,51 +78,45 @@ class HeadDrafter:
         if not kept:
             return
         features = np.concatenate(kept[::-1])[-self._window.size :]
-        begin = end - len(features)
-        state = self._state
         for start in range(0, len(features), PIECE):
-            part = slice(start, start + PIECE)
-            hidden = self._head.hidden(features[part])
-            state = self._run(history, hidden, begin + start)
-        self._state = state[-1:]
-        self._first = self._head.guess(self._state)[0]
+            hidden = self._head.hidden(features[start : start + PIECE])
+            self._run(history, hidden, end - len(features) + start)
 
-    def _run(self, history: np.ndarray, hidden: np.ndarray, begin: int) -> np.ndarray:
-        """Pairs begin .. of the text, each seeing the pairs before it; their keys stay."""
+    def _run(self, history: np.ndarray, hidden: np.ndarray, begin: int) -> None:
+        """Pairs begin .. of the text; their keys stay."""
         new = len(hidden)
         self._window.slide(new)
-        at = self._window.count
-        positions = np.arange(begin, begin + new)
-        seen = np.tril(np.ones((new, at + new), bool), at)
-        states = self._head.run(history[positions + 1], hidden, positions, self._window, at, seen)
+        tokens = history[begin + 1 : begin + 1 + new]
+        rows = Rows.text(tokens, hidden, begin, self._window.count)
+        states, self._first = self._head.run(rows, self._window, guesses=1, width=self._width)
         self._window.count += new
-        return states
+        self._state = states[-1:]
 
 
 class _Growing:
     """The tree of one proposal: its keys lie behind those of the text, and are forgotten."""
 
-    def __init__(self, head: Head, window: Window, state: np.ndarray, position: int) -> None:
-        self._head, self._window, self._position = head, window, position
+    def __init__(
+        self, head: Head, window: Window, state: np.ndarray, position: int, width: int
+    ) -> None:
+        self._head, self._window, self._position, self._width = head, window, position, width
         self._states = state  # row 0 is the text's last pair, node i is row i + 1
         self._depths = np.zeros(1, np.int64)
-        self._above = np.zeros((0, 0), bool)  # who is an ancestor of whom, itself included
+        self._above = np.zeros(1, np.uint64)  # a bit for each ancestor, itself included
 
-    def step(self, tokens: np.ndarray, parents: np.ndarray) -> np.ndarray:
+    def step(self, tokens: np.ndarray, parents: np.ndarray) -> Guesses:
         """Implements `Step`."""
-        old, new, count = len(self._above), len(tokens), self._window.count
-        above = np.zeros((old + new, old + new), bool)
-        above[:old, :old] = self._above
-        inner = parents >= 0
-        above[old:][inner, :old] = self._above[parents[inner]]
-        above[np.arange(old, old + new), np.arange(old, old + new)] = True
-        self._above = above
-        depths = self._depths[parents + 1] + 1
-        self._depths = np.concatenate([self._depths, depths])
-        seen = np.concatenate([np.ones((new, count), bool), above[old:]], 1)
-        states = self._head.run(
-            self._head.names(tokens), self._states[parents + 1], self._position + depths - 1,
-            self._window, count + old, seen,
+        old, count = len(self._states) - 1, self._window.count
+        at = parents + 1
+        depths = self._depths[at] + 1
+        own = np.uint64(1) << np.arange(old, old + len(tokens), dtype=np.uint64)
+        above = self._above[at] | own
+        rows = Rows(
+            self._head.names(tokens), self._states[at], self._position + depths - 1,
+            count + old, np.full(len(tokens), count), above,
         )  # fmt: skip
+        states, found = self._head.run(rows, self._window, guesses=len(tokens), width=self._width)
         self._states = np.concatenate([self._states, states])
-        return self._head.guess(states)
+        self._depths = np.concatenate([self._depths, depths])
+        self._above = np.concatenate([self._above, above])
+        return found

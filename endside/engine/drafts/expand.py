@@ -14,7 +14,7 @@ known already. With few rows and a sure draft the tree is a chain, with many a b
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,11 +24,18 @@ DEPTH = 6  # levels at most
 WIDTH = 10  # nodes of a level that are asked for their children, and children looked at of each
 
 
+class Guesses(NamedTuple):
+    """What may follow n rows: tokens (n, w) and their log-probabilities (n, w), likeliest first."""
+
+    tokens: np.ndarray
+    chances: np.ndarray
+
+
 class Step(Protocol):
     """A draft model that has seen the text and the nodes given before."""
 
-    def __call__(self, tokens: np.ndarray, parents: np.ndarray) -> np.ndarray:
-        """Nodes of one level: tokens (n,), parents (n,) -> log-probabilities (n, V) after each.
+    def __call__(self, tokens: np.ndarray, parents: np.ndarray) -> Guesses:
+        """Nodes of one level: tokens (n,), parents (n,) -> what may follow each.
 
         parents number the nodes given so far, in order; -1 is the text's last token.
         """
@@ -36,11 +43,11 @@ class Step(Protocol):
 
 
 def expand(
-    first: np.ndarray, step: Step, *, rows: int, depth: int = DEPTH, width: int = WIDTH
+    first: Guesses, step: Step, *, rows: int, depth: int = DEPTH, width: int = WIDTH
 ) -> Tree:
-    """The `rows` likeliest nodes of a tree; first (V,): log-probabilities behind the text."""
+    """The `rows` likeliest nodes of a tree; first (1, w): what may follow the text."""
     grown = _Nodes()
-    level = grown.add(np.array([-1]), np.zeros(1), first[None], width)
+    level = grown.add(np.array([-1]), np.zeros(1), first)
     asked = np.empty(0, np.int64)  # nodes given to `step`, in its order
     for _ in range(depth - 1):
         level = _worth(grown, level, rows, width)
@@ -49,7 +56,7 @@ def expand(
         parents = _places(asked, grown.parents[level])
         asked = np.concatenate([asked, level])
         after = step(grown.tokens[level], parents)
-        level = grown.add(level, grown.scores[level], after, width)
+        level = grown.add(level, grown.scores[level], after)
     return _best(grown, rows)
 
 
@@ -61,12 +68,10 @@ class _Nodes:
         self.parents = np.empty(0, np.int64)  # nodes, -1: none
         self.scores = np.empty(0, np.float64)  # log-probability of the path
 
-    def add(
-        self, nodes: np.ndarray, scores: np.ndarray, after: np.ndarray, width: int
-    ) -> np.ndarray:
-        """The likeliest children of nodes (n,), given after (n, V) -> their numbers."""
-        tokens = _likeliest(after, width)
-        paths = scores[:, None] + np.take_along_axis(after, tokens, 1)
+    def add(self, nodes: np.ndarray, scores: np.ndarray, after: Guesses) -> np.ndarray:
+        """Children of nodes (n,) -> their numbers."""
+        tokens, chances = after
+        paths = scores[:, None] + chances
         begin = len(self.tokens)
         self.tokens = np.concatenate([self.tokens, tokens.ravel()])
         self.parents = np.concatenate([self.parents, np.repeat(nodes, tokens.shape[1])])
@@ -74,12 +79,15 @@ class _Nodes:
         return np.arange(begin, len(self.tokens))
 
 
-def _likeliest(values: np.ndarray, count: int) -> np.ndarray:
-    """values (n, V) -> columns of the largest of each row, largest first (n, count)."""
-    count = min(count, values.shape[1])
-    some = np.argpartition(values, -count, axis=1)[:, -count:]
-    order = np.argsort(-np.take_along_axis(values, some, 1), axis=1, kind="stable")
-    return np.take_along_axis(some, order, 1)
+def likeliest(chances: np.ndarray, count: int) -> Guesses:
+    """chances (n, V) -> the largest of each row; of equal ones the lower token first."""
+    count = min(count, chances.shape[1])
+    least = np.partition(chances, -count, axis=1)[:, -count]
+    tokens = np.empty((len(chances), count), np.int64)
+    for row, (values, bound) in enumerate(zip(chances, least, strict=True)):
+        some = np.flatnonzero(values >= bound)
+        tokens[row] = some[np.argsort(-values[some], kind="stable")][:count]
+    return Guesses(tokens, np.take_along_axis(chances, tokens, 1))
 
 
 def _worth(grown: _Nodes, level: np.ndarray, rows: int, width: int) -> np.ndarray:
@@ -93,8 +101,9 @@ def _worth(grown: _Nodes, level: np.ndarray, rows: int, width: int) -> np.ndarra
 
 def _places(asked: np.ndarray, parents: np.ndarray) -> np.ndarray:
     """Where each parent stands among the nodes that were asked about; -1 stays."""
-    place = {int(node): at for at, node in enumerate(asked)}
-    return np.array([place.get(int(parent), -1) for parent in parents], np.int64)
+    place = np.full(1 + max(asked.max(initial=-1), parents.max()) + 1, -1, np.int64)
+    place[asked] = np.arange(len(asked))
+    return place[parents]
 
 
 def _best(grown: _Nodes, rows: int) -> Tree:

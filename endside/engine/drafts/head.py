@@ -22,32 +22,63 @@ What we chose not to do: batches over sequences. Each answers with its own tree.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from endside import native
+from endside.engine.drafts.expand import Guesses, likeliest
 from endside.errors import UserError
 from endside.formats.draft_head import LAYER, DraftHead
 from endside.model.config import ModelConfig
-from endside.native.packed import linear, pack
+from endside.native.packed import Kind, linear, pack
 from endside.ops.rope.frequencies import inverse_frequencies
 
-Bits = Literal["float", "int8", "int4"]
+Bits = Literal["float", "float32", "int8", "int4"]  # float: bfloat16 where the core multiplies
 Product = Callable[[np.ndarray], np.ndarray]  # (n, K) -> (n, N)
 
-SLACK = 320  # rows beyond the window: a piece of a prompt, and a tree
+SIZE = 1024  # pairs that are remembered, at most
+SLACK = 320  # rooms beyond the window: a piece of a prompt, and a tree
 PIECE = 256  # rows of a prompt at a time
+BLOCK = 64  # pairs that are forgotten together
+BITS = 64  # of Rows.above
+KINDS: dict[Bits, Kind] = {"float": "bf16", "float32": "f32", "int8": "int8", "int4": "int4"}
 GROUP = 32  # weights per scale, for a head that was not trained with others
 
 
 def product(weight: np.ndarray, bits: Bits, group: int = GROUP) -> Product:
     """x -> x W^T for weight (N, K), by the native core where there is one."""
-    if native.load() is None or weight.shape[1] % group:
+    if native.load() is None:
         turned = np.ascontiguousarray(weight.T)
         return lambda x: x @ turned
-    packed = pack(weight, "bf16" if bits == "float" else bits, group=group)
+    packed = pack(weight, KINDS[bits], group=group)
     return lambda x: linear(np.ascontiguousarray(x), packed)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Pairs that are run together: where their keys go, and which rooms of the window they see."""
+
+    tokens: np.ndarray  # (n,) whose embeddings they hold
+    hidden: np.ndarray  # (n, C)
+    positions: np.ndarray  # (n,) in the text
+    at: int  # room of the first; the others follow
+    seen: np.ndarray  # (n,) rooms from the beginning that a row sees
+    above: np.ndarray  # (n,) uint64: bit i is room seen + i
+
+    @staticmethod
+    def text(tokens: np.ndarray, hidden: np.ndarray, begin: int, at: int) -> Rows:
+        """Pairs begin .. of a text, each of which sees those before it and itself."""
+        count = np.arange(len(tokens))
+        none = np.zeros(len(tokens), np.uint64)
+        return Rows(tokens, hidden, begin + count, at, at + 1 + count, none)
+
+    def mask(self) -> np.ndarray:
+        """(n, at + n) bool: who sees which."""
+        rooms = np.arange(self.at + len(self.tokens)) - self.seen[:, None]
+        bits = self.above[:, None] >> rooms.clip(0, BITS - 1).astype(np.uint64)
+        return (rooms < 0) | ((rooms < BITS) & (bits & np.uint64(1)).astype(bool))
 
 
 class Window:
@@ -65,13 +96,16 @@ class Window:
         self.values[:, at : at + len(keys)] = values.transpose(1, 0, 2)
 
     def slide(self, new: int) -> None:
-        """Make room for `new` rows that stay and a tree: the oldest go."""
+        """Make room for `new` rows that stay and a tree: the oldest go, in whole blocks."""
         if self.count + new <= self.size:
             return
-        kept = max(0, self.size - new)
+        gone = min(self.count, -(-(self.count + new - self.size) // BLOCK) * BLOCK)
+        self._drop(gone)
+        self.count -= gone
+
+    def _drop(self, gone: int) -> None:
         for array in (self.keys, self.values):
-            array[:, :kept] = array[:, self.count - kept : self.count].copy()
-        self.count = kept
+            array[:, : self.count - gone] = array[:, gone : self.count].copy()
 
 
 class Head:
@@ -100,13 +134,14 @@ class Head:
         self._frequencies, self._amplitude = inverse_frequencies(
             shape.rope, self.config.head_dim, context, shape.max_position_embeddings
         )
-        self._load(weights, bits)
         self.divisor = 1.0 if self.kind == "eagle3" else base.logit_divisor
-        self._out = product(self._output(weights, base, rows), bits)
+        output = self._output(weights, base, rows)
+        self.tokens = len(output)  # Vd
+        self._load(weights, output, bits)
         last = base.num_hidden_layers
         self.feature_layers = (2, last // 2, last - 3) if self.kind == "eagle3" else (last,)
 
-    def _load(self, weights: DraftHead, bits: Bits) -> None:
+    def _load(self, weights: DraftHead, output: np.ndarray, bits: Bits) -> None:
         tensors, group = weights.tensors, weights.group
         of: Callable[[str], np.ndarray] = lambda name: tensors[f"{LAYER}{name}.weight"]
         self._fc = product(tensors["fc.weight"], bits, group)
@@ -116,6 +151,7 @@ class Head:
         gate, up = of("mlp.gate_proj"), of("mlp.up_proj")
         self._gate_up = product(np.concatenate([gate, up]), bits, group)
         self._down = product(of("mlp.down_proj"), bits, group)
+        self._out = product(output, bits)
 
     def _output(
         self, weights: DraftHead, base: ModelConfig, rows: Callable[[np.ndarray], np.ndarray]
@@ -126,26 +162,23 @@ class Head:
 
     def window(self) -> Window:
         """For a new sequence."""
-        return Window(self.config.num_key_value_heads, self.config.head_dim, 1024)
+        return Window(self.config.num_key_value_heads, self.config.head_dim, SIZE)
 
     def hidden(self, features: np.ndarray) -> np.ndarray:
         """What the model's features (n, F) are to the layer (n, C)."""
         return self._fc(features) if self.kind == "eagle3" else features
 
     def run(
-        self,
-        tokens: np.ndarray,
-        hidden: np.ndarray,
-        positions: np.ndarray,
-        window: Window,
-        at: int,
-        seen: np.ndarray,
-    ) -> np.ndarray:
-        """Pairs of tokens (n,) and hidden (n, C) -> the states after them (n, C).
+        self, rows: Rows, window: Window, *, guesses: int = 0, width: int = 1
+    ) -> tuple[np.ndarray, Guesses]:
+        """The states behind pairs (n, C); `width` tokens that may follow each of the last."""
+        states = self._states(rows, window)
+        found = likeliest(self.guess(states[len(states) - guesses :]), width)
+        return states, found
 
-        Their keys go to rows at .. at + n of the window; seen (n, at + n) bool: who sees which.
-        """
-        embeds = self._normed(self._embed(tokens), "input_norm1.weight")
+    def _states(self, rows: Rows, window: Window) -> np.ndarray:
+        embeds = self._normed(self._embed(rows.tokens), "input_norm1.weight")
+        hidden = rows.hidden
         if self.kind == "eagle3":
             stream = hidden
             embeds = self._normed(embeds, f"{LAYER}input_layernorm.weight")
@@ -155,7 +188,7 @@ class Head:
             given = [embeds, self._normed(hidden, "input_norm2.weight")]
             stream = self._fc(np.concatenate(given, 1)) + self._vectors.get("fc.bias", 0)
             x = self._normed(stream, f"{LAYER}input_layernorm.weight")
-        stream = stream + self._attend(x, positions, window, at, seen) * self._scale
+        stream = stream + self._attend(x, rows, window) * self._scale
         x = self._normed(stream, f"{LAYER}post_attention_layernorm.weight")
         gate, up = np.split(self._gate_up(x), 2, axis=1)
         stream = stream + self._down(gate / (1 + np.exp(-gate)) * up) * self._scale
@@ -165,7 +198,7 @@ class Head:
         """states (n, C) -> log-probabilities (n, Vd) of the token after the next."""
         if self.kind == "eagle3":
             states = self._normed(states, "norm.weight")
-        logits = self._out(states / np.float32(self.divisor))
+        logits = self._out(states) * np.float32(1 / self.divisor)
         logits -= logits.max(1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
@@ -180,21 +213,19 @@ class Head:
         mean = np.square(x).mean(-1, keepdims=True)
         return x / np.sqrt(mean + self.config.rms_norm_eps) * weight
 
-    def _attend(
-        self, x: np.ndarray, positions: np.ndarray, window: Window, at: int, seen: np.ndarray
-    ) -> np.ndarray:
-        config, n = self.config, len(x)
+    def _attend(self, x: np.ndarray, rows: Rows, window: Window) -> np.ndarray:
+        config, n, at = self.config, len(x), rows.at
         heads, groups, width = (
             config.num_attention_heads, config.num_key_value_heads, config.head_dim
         )  # fmt: skip
         parts = self._qkv(x).reshape(n, heads + 2 * groups, width)
-        turned = self._rotate(parts[:, : heads + groups], positions)
+        turned = self._rotate(parts[:, : heads + groups], rows.positions)
         window.write(at, turned[:, heads:], parts[:, heads + groups :])
         keys, values = window.keys[:, : at + n], window.values[:, : at + n]
         q = turned[:, :heads].reshape(n, groups, -1, width).transpose(1, 2, 0, 3)
         scores = q.reshape(groups, -1, width) @ keys.transpose(0, 2, 1) / np.sqrt(width)
         scores = scores.reshape(groups, -1, n, at + n)
-        scores = np.where(seen, scores, -np.inf)
+        scores = np.where(rows.mask(), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         mixed = weights.reshape(groups, -1, at + n) @ values

@@ -14,7 +14,7 @@ import numpy as np
 
 from endside.checkpoint import Checkpoint
 from endside.engine.draft import MAX_ROWS, Tree
-from endside.engine.drafts.expand import DEPTH, expand
+from endside.engine.drafts.expand import DEPTH, Guesses, expand, likeliest
 from endside.engine.executor import Executor, Full
 from endside.engine.executors import Plan, create
 from endside.engine.request import Request
@@ -62,9 +62,15 @@ class ModelDrafter:
         if rows < 1 or not self._open():
             return Tree.empty()
         first = self._follow(history)
-        grown = _Growing(self._executor, self._seq, len(history))
         drafts = self._drafts
-        return expand(first, grown.step, rows=rows, depth=drafts.depth, width=drafts.width)
+        grown = _Growing(self._executor, self._seq, len(history), drafts.width)
+        return expand(
+            likeliest(first, drafts.width),
+            grown.step,
+            rows=rows,
+            depth=drafts.depth,
+            width=drafts.width,
+        )
 
     def accepted(self, tokens: np.ndarray, features: np.ndarray | None) -> None:
         """The history holds all it needs."""
@@ -84,7 +90,7 @@ class ModelDrafter:
         return True
 
     def _follow(self, history: np.ndarray) -> np.ndarray:
-        """Store history (S,), and give the log-probabilities behind it (V,)."""
+        """Store history (S,), and give the log-probabilities behind it (1, V)."""
         size = min(len(self._stored), len(history) - 1)
         same = self._stored[:size] == history[:size]
         agreed = size if same.all() else int(np.argmin(same))
@@ -95,25 +101,26 @@ class ModelDrafter:
             logits = self._executor.prefill(self._seq, missing[start : start + PIECE])
         self._stored = history.copy()
         assert logits is not None, "the last token is always run"
-        return _log_probabilities(logits[None])[0]
+        return _log_probabilities(logits[None])
 
 
 class _Growing:
     """The tree of one proposal."""
 
-    def __init__(self, executor: Executor, seq: int | None, length: int) -> None:
+    def __init__(self, executor: Executor, seq: int | None, length: int, width: int) -> None:
         assert seq is not None, "pages are taken first"
-        self._executor, self._seq, self._length = executor, seq, length
+        self._executor, self._seq = executor, seq
+        self._length, self._width = length, width
         self._tokens = np.empty(0, np.int64)
         self._parents = np.empty(0, np.int32)
 
-    def step(self, tokens: np.ndarray, parents: np.ndarray) -> np.ndarray:
+    def step(self, tokens: np.ndarray, parents: np.ndarray) -> Guesses:
         """Implements `Step`."""
         self._tokens = np.concatenate([self._tokens, tokens])
         self._parents = np.concatenate([self._parents, parents.astype(np.int32)])
         logits = self._executor.verify(self._seq, self._tokens, self._parents)
         self._executor.trim(self._seq, self._length)
-        return _log_probabilities(logits[-len(tokens) :])
+        return likeliest(_log_probabilities(logits[-len(tokens) :]), self._width)
 
 
 def _log_probabilities(logits: np.ndarray) -> np.ndarray:

@@ -30,5 +30,12 @@ using Keep = std::vector<nb::object>;
 // `buffers` is false: then only the sizes matter.
 endside::Linear linear_from(nb::handle parts, Keep& keep, bool buffers = true);
 
+namespace endside {
+class Model;
+}
+// The model inside a bound one.
+endside::Model& model_of(nb::handle object);
+
 void bind_linear(nb::module_& module);
 void bind_model(nb::module_& module);
+void bind_draft(nb::module_& module);

@@ -196,6 +196,7 @@ class BoundModel {
     return {model_.chunk(index), {model_.chunk_size()}, nb::find(this)};
   }
 
+  Model& model() { return model_; }
   void set_timing(bool on) { model_.set_timing(on); }
   std::vector<std::pair<std::string, double>> timing() const { return model_.timing(); }
 
@@ -217,6 +218,8 @@ class BoundModel {
 };
 
 }  // namespace
+
+endside::Model& model_of(nb::handle object) { return nb::cast<BoundModel&>(object).model(); }
 
 static std::vector<std::pair<std::string, size_t>> memory(const nb::tuple& shape,
                                                           const nb::tuple& weights,

@@ -200,6 +200,13 @@ void Model::set_inputs(const float* rows, int64_t count) {
   state.weights.input_count = count;
 }
 
+int Model::threads() const { return state_->pool.size(); }
+
+void Model::together(const std::function<void(Team&)>& fn) {
+  std::lock_guard<std::mutex> one_at_a_time(state_->busy);
+  state_->pool.run(fn);
+}
+
 size_t Model::chunk_size() const { return endside::chunk_bytes(state_->cache.shape); }
 
 void Model::set_timing(bool on) {

@@ -1,6 +1,7 @@
 // A whole decoder behind one call: token ids in, logits out, every buffer made at construction.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -8,6 +9,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "pool.h"
 
 namespace endside {
 
@@ -84,6 +86,9 @@ class Model {
   // The bytes of one chunk, chunk_size() of them: to be read or filled between calls.
   uint8_t* chunk(int32_t index);
   size_t chunk_size() const;
+  // Its threads, lent between its own calls to what runs beside it.
+  int threads() const;
+  void together(const std::function<void(Team&)>& fn);
 
  private:
   std::unique_ptr<State> state_;

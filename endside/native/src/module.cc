@@ -32,4 +32,5 @@ NB_MODULE(_core, module) {
              nb::arg("eps"), nb::arg("out").noconvert(), nb::arg("isa"));
   bind_linear(module);
   bind_model(module);
+  bind_draft(module);
 }
