@@ -17,6 +17,7 @@ import numpy as np
 
 from endside import native
 from endside.errors import UserError
+from endside.native.memory import zeroed
 
 Kind = Literal["f32", "bf16", "int8", "int4", "ternary2", "ternary3"]
 ScaleType = Literal["f16", "bf16"]
@@ -28,15 +29,11 @@ SCALE_TYPES = ("f16", "bf16")
 THEN = ("store", "add", "silu_mul")
 # How the core calls what is packed: the name of an array's type -> its number.
 SOURCES = {"float32": 0, "uint16": 1, "float16": 2}
-ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
 def aligned(count: int, dtype: type = np.uint8) -> np.ndarray:
     """Zeroed (count,) that starts at a multiple of 64 bytes; pages cost nothing until written."""
-    size = count * np.dtype(dtype).itemsize
-    memory = np.zeros(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype)
+    return zeroed(count * np.dtype(dtype).itemsize).view(dtype)
 
 
 @dataclass(frozen=True)
@@ -79,13 +76,13 @@ class Packed:
         return sum(self.sizes())
 
     def allocate(self) -> Packed:
-        """The same with its own zeroed buffers."""
+        """The same with zeroed buffers, beside those of other matrices (`memory`)."""
         codes, scales, zeros = self.sizes()
         return replace(
             self,
-            codes=aligned(codes),
-            scales=aligned(scales // 2, np.uint16) if scales else None,
-            zeros=aligned(zeros) if zeros else None,
+            codes=zeroed(codes),
+            scales=zeroed(scales).view(np.uint16) if scales else None,
+            zeros=zeroed(zeros) if zeros else None,
         )
 
     def write(self, weight: np.ndarray, row: int = 0) -> None:

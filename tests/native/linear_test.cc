@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "linear_ahead.h"
 #include "linear_case.h"
 
 using check::Fenced;
@@ -13,6 +14,7 @@ using endside::Epilogue;
 using endside::Isa;
 using endside::Kind;
 using endside::Linear;
+using endside::Piece;
 using endside::ScaleType;
 using endside::Then;
 
@@ -182,5 +184,43 @@ TEST_EACH_ISA(linear_shares) {
         }
       }
     }
+  }
+}
+
+// Pieces of a way, in stretches of several lengths: each byte is asked for once and in order, except
+// that a stretch does not cross a border. Here the asking itself is not seen, what is handed out is.
+TEST(linear_way) {
+  const std::vector<uint8_t> codes(10000);
+  const std::vector<Piece> pieces = {{codes.data(), 1024}, {nullptr, 0}, {codes.data() + 2048, 4096},
+                                     {codes.data() + 8192, 640}};
+  for (int64_t bytes : {128, 256, 416}) {
+    endside::Ahead way = endside::way_of(pieces.data(), 4);
+    const uint8_t known = 0;
+    for (std::size_t at : {0, 2, 3}) {
+      for (int64_t i = 0; i + bytes <= pieces[at].bytes; i += bytes) {
+        const uint8_t* found = endside::next_stretch(way, bytes, &known);
+        if (found == &known) found = endside::next_stretch(way, bytes, &known);  // the empty piece
+        CHECK(found == pieces[at].codes + i, "stretch", bytes, "piece", at, "byte", i);
+      }
+    }
+    CHECK(endside::next_stretch(way, bytes, &known) == &known, "past the end", bytes);
+    CHECK(endside::next_stretch(way, bytes, &known) == &known, "and again", bytes);
+  }
+}
+
+// A thread that asks on into the next product computes the same.
+TEST_EACH_ISA(linear_on_the_way) {
+  Noise noise(12);
+  for (Kind kind : LOW) {
+    Matrix m = check::make_codes(shape_of(kind, 64, 256, 128), noise);
+    std::vector<float> x(m.shape.k);
+    check::fill_rows(noise, x.data(), 1, m.shape.k, 128);
+    Prepared prepared(m.shape, x.data(), 1, isa);
+    const std::vector<Piece> pieces = {endside::piece_of(m.shape, 16, 48),
+                                       endside::piece_of(m.shape, 0, 64)};
+    endside::Ahead way = endside::way_of(pieces.data(), 2);
+    const std::vector<float> want = run(m, prepared.input, 16, 48, isa);
+    prepared.input.ahead = &way;
+    same(run(m, prepared.input, 16, 48, isa), want.data(), words(m.shape, 1));
   }
 }

@@ -53,6 +53,16 @@ Input make_input(const Linear& linear, int64_t rows, void* scratch) {
   return input;
 }
 
+Piece piece_of(const Linear& linear, int64_t n_begin, int64_t n_end) {
+  const int64_t rows = (n_end + ROWS - 1) / ROWS * ROWS - n_begin;
+  const int64_t bytes = block_bytes(linear.kind, linear.padded_k(), linear.group) / ROWS;
+  return {linear.codes + n_begin * bytes, rows * bytes};
+}
+
+Ahead way_of(const Piece* pieces, int64_t count) {
+  return {pieces, pieces + count, pieces->codes, pieces->bytes, 0};
+}
+
 size_t apply_scratch_bytes(const Linear&) {
   return std::max(WIDE_BYTES + CHUNK_ROWS * ROW_TILE * sizeof(float), sizeof(AmxScratch));
 }

@@ -80,6 +80,22 @@ void pack_codes(const Linear& shape, const uint8_t* code_values, const uint16_t*
 // One row back as float32 (k): the embedding of a tied model, and tests.
 void unpack_row(const Linear& linear, int64_t row, float* out);
 
+// What a thread will read of codes, piece after piece, and how far it has asked memory for them
+// (linear_ahead.h). `lead`: bytes asked for and not yet read.
+struct Piece {
+  const uint8_t* codes = nullptr;
+  int64_t bytes = 0;
+};
+struct Ahead {
+  const Piece *piece = nullptr, *end = nullptr;
+  const uint8_t* at = nullptr;
+  int64_t left = 0;  // of the piece
+  int64_t lead = 0;
+};
+// The codes of rows n_begin .. n_end, and a way of pieces from its start.
+Piece piece_of(const Linear& linear, int64_t n_begin, int64_t n_end);
+Ahead way_of(const Piece* pieces, int64_t count);
+
 // The rows a matrix multiplies, P of them, in the form its kind wants (scratch owned by the
 // caller).
 struct Input {
@@ -90,6 +106,7 @@ struct Input {
   int8_t* q = nullptr;            // (P, stride)
   float* scale = nullptr;         // (P, k / group)
   int32_t* sum = nullptr;         // (P, k / group)
+  Ahead* ahead = nullptr;         // of the thread; null: a product asks for its own codes only
 };
 size_t input_bytes(const Linear& linear, int64_t rows);  // scratch of one Input of that many rows
 Input make_input(const Linear& linear, int64_t rows, void* scratch);  // 64-byte aligned scratch

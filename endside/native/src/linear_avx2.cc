@@ -12,6 +12,7 @@
 // block. With T = 6 the twelve sums fill the registers.
 #include <immintrin.h>
 
+#include "linear_ahead.h"
 #include "linear_body.h"
 #include "linear_kernels.h"
 #include "linear_rows.h"
@@ -225,18 +226,6 @@ inline void group_int8(const Tile& tile, int64_t g, const Rows& rows, __m256i (&
   }
 }
 
-// Asks for the same group of the next tile while this one is worked on: with codes that take many
-// instructions per byte, memory would otherwise wait for arithmetic. Past the end it does nothing.
-template <Kind K>
-inline void fetch_ahead(const Tile& tile, int64_t g) {
-  const int64_t bytes = group_bytes(K, tile.group), next = 2 * (tile.codes[1] - tile.codes[0]);
-  for (const uint8_t* codes : tile.codes) {
-    const char* const at = reinterpret_cast<const char*>(codes + g * bytes + next);
-    // Assembler again: a function that only prefetches has no effect and is dropped.
-    for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetcht0 (%0)" : : "r"(at + i));
-  }
-}
-
 template <Kind K, int T>
 inline void group_direct(const Tile& tile, int64_t g, const Rows& rows, __m256i (&total)[T][2]) {
   if constexpr (K == Kind::int8) {
@@ -343,7 +332,8 @@ struct Avx2 {
     for (int64_t g = 0; g < tile.groups; ++g) {
       __m256i total[T][2];
       clear<T>(total);
-      if constexpr (K != Kind::int8) fetch_ahead<K>(tile, g);
+      const int64_t bytes = 2 * group_bytes(K, tile.group);
+      ask_lines(ask_ahead(rows.ahead, bytes, tile.codes[0] + g * bytes / 2), bytes);
       group_direct<K, T>(tile, g, rows, total);
       const GroupTerm term = GroupTerm::at<K>(tile, g);
 #pragma GCC unroll 8

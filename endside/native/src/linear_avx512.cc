@@ -7,6 +7,7 @@
 // Direct kernels keep two sums per row of x, for even and odd steps, because they have few rows to
 // hide the latency of vpdpbusd behind; wide ones have up to eight rows and need one each.
 #include "linear_512.h"
+#include "linear_ahead.h"
 #include "linear_kernels.h"
 #include "linear_rows.h"
 
@@ -51,19 +52,6 @@ inline void add_group(const Tile& tile, int64_t g, const Rows& rows, const __m51
   }
 }
 
-// Blocks of rows follow each other in memory and a tile reads two at once, so what a block's reader
-// needs next lies in the same block or, past its end, in the block after the next. It is asked for
-// here, because the processor's own foresight ends with each page.
-constexpr int64_t AHEAD = 4096;  // bytes, of each block
-
-inline int64_t ahead_of(int64_t at, int64_t block) {
-  return AHEAD + (at + AHEAD) / block * block;
-}
-
-inline void ask_for(const uint8_t* codes) {
-  _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T0);
-}
-
 // even, odd += one group, unpacked on the way.
 template <Kind K, int T>
 inline void group_direct(const Tile& tile, int64_t g, const Rows& rows, __m512i (&even)[T],
@@ -72,13 +60,14 @@ inline void group_direct(const Tile& tile, int64_t g, const Rows& rows, __m512i 
   const int64_t bytes = group_bytes(K, tile.group), steps = tile.group / STEP;
   const uint8_t *a = tile.codes[0] + g * bytes, *b = tile.codes[1] + g * bytes;
   const int8_t* const q = rows.q + g * tile.group;
-  const int64_t ahead = ahead_of(g * bytes, tile.groups * bytes);
+  const uint8_t* ahead = ask_ahead(rows.ahead, 2 * bytes, a);
   __m512i codes[S];
   int64_t s = 0;
   for (; s + S <= steps; s += S, a += STEP_CODES, b += STEP_CODES) {
-    if (s / S % 2 == 0) {  // a line of each block
-      ask_for(a + ahead);
-      ask_for(b + ahead);
+    if (s / S % 2 == 0) {  // two lines are read
+      ask_line(ahead);
+      ask_line(ahead + LINE_BYTES);
+      ahead += 2 * LINE_BYTES;
     }
     unpack<K>(a, b, codes);
 #pragma GCC unroll 8

@@ -58,6 +58,7 @@ struct Rows {
   const int32_t* sum;          // stride groups
   const float* x;              // stride `stride`, float kinds
   int64_t stride, groups;
+  Ahead* ahead;                // null: nothing to ask for
 };
 
 static inline Tile tile_at(const Linear& linear, int64_t n) {
@@ -75,11 +76,14 @@ static inline Tile tile_at(const Linear& linear, int64_t n) {
   return tile;
 }
 
-static inline Rows rows_at(const Input& input, int64_t p) {
-  if (input.group == 0) return {nullptr, nullptr, nullptr, input.x + p * input.stride, input.stride, 0};
+static inline Rows rows_at(const Input& input, int64_t p, Ahead* ahead = nullptr) {
+  if (input.group == 0) {
+    return {nullptr, nullptr, nullptr, input.x + p * input.stride, input.stride, 0, ahead};
+  }
   const int64_t groups = input.k / input.group;
   return {input.q + p * input.stride, input.scale + p * groups, input.sum + p * groups,
-          nullptr,                    input.stride,             groups};
+          nullptr,                    input.stride,             groups,
+          ahead};
 }
 
 // Rows of x per pass: few enough for the cache, many enough to pay for expanding the weights.
@@ -118,9 +122,10 @@ static inline void each_part(int64_t count, F fn) {
 
 template <class Arch, Kind K>
 static void tile_direct(const Tile& tile, const Input& input, int64_t first, int64_t count,
-                        float* out) {
+                        Ahead* ahead, float* out) {
   each_part<Arch::DIRECT_ROWS>(count, [&](auto rows, int64_t p) {
-    Arch::template direct<K, rows()>(tile, rows_at(input, first + p), out + p * ROW_TILE);
+    Ahead* const asks = p == 0 ? ahead : nullptr;  // the first part reads memory
+    Arch::template direct<K, rows()>(tile, rows_at(input, first + p, asks), out + p * ROW_TILE);
   });
 }
 
@@ -154,6 +159,9 @@ static void apply_kind(const Linear& linear, const Input& input, int64_t n_begin
   float* const out = reinterpret_cast<float*>(wide + WIDE_BYTES);
   const int64_t end = n_end < linear.n ? n_end : linear.n;
   const int64_t chunk = chunk_rows(input);
+  const Piece piece = piece_of(linear, n_begin, end);
+  Ahead own = way_of(&piece, 1);
+  Ahead* const ahead = input.ahead ? input.ahead : &own;
   for (int64_t first = 0; first < input.rows; first += chunk) {
     const int64_t left = input.rows - first, count = left < chunk ? left : chunk;
     for (int64_t n = n_begin; n < end; n += ROW_TILE) {
@@ -163,7 +171,7 @@ static void apply_kind(const Linear& linear, const Input& input, int64_t n_begin
       } else if constexpr (Arch::DIRECT_LIMIT > 0) {
         // Base 3 costs more to unpack, so expanding it once pays earlier.
         constexpr int64_t limit = Arch::DIRECT_LIMIT / (K == Kind::ternary3 ? 2 : 1);
-        if (input.rows <= limit) tile_direct<Arch, K>(tile, input, first, count, out);
+        if (input.rows <= limit) tile_direct<Arch, K>(tile, input, first, count, ahead, out);
         else tile_wide<Arch, K>(tile, input, first, count, wide, out);
       } else {
         tile_wide<Arch, K>(tile, input, first, count, wide, out);

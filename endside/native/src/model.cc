@@ -31,6 +31,10 @@ Model::State::State(const Shape& shape, const Weights& weights, const SparseShap
   work.tokens.reserve(most);
   work.positions.reserve(most);
   work.wanted.reserve(most);
+  ways.resize(static_cast<size_t>(limits.threads));
+  pool.run([this](Team& team) {
+    ways[static_cast<size_t>(team.rank())] = make_way(this->weights, team);
+  });
 }
 
 static void refuse(const std::string& what) { throw std::invalid_argument("forward: " + what); }

@@ -13,7 +13,6 @@
 namespace endside {
 
 static constexpr int64_t FEW_ROWS = 8;  // up to here a product is limited by the weights' bytes
-static constexpr int64_t FIRST_BYTES = 16384;  // of the next product, asked for before a barrier
 static constexpr int64_t PARTS = 4;     // per thread, of a product of many rows
 
 Forward::Forward(Model::State& state, Team& team)
@@ -23,8 +22,10 @@ Forward::Forward(Model::State& state, Team& team)
       buffers_(state.buffers),
       work_(state.work),
       scratch_(state.buffers.scratch[static_cast<size_t>(team.rank())]),
+      way_(state.ways[static_cast<size_t>(team.rank())]),
       rows_(state.work.rows()),
       timed_(state.timed && team.rank() == 0) {
+  ahead_ = way_of(way_.data(), static_cast<int64_t>(way_.size()));
   if (timed_) last_ = std::chrono::steady_clock::now();
 }
 
@@ -61,8 +62,7 @@ void Forward::layer(int64_t index) {
   const int64_t width = shape_.width, queries = shape_.heads * shape_.head_dim;
   copy_trace(index);
   Input input = prepared(part.qkv, buffers_.x, rows_, width, part.attention_norm);
-  multiply(Stage::qkv, part.qkv, input, {Then::store, 1.0f, buffers_.qkv, part.qkv.n},
-           part.output);
+  multiply(Stage::qkv, part.qkv, input, {Then::store, 1.0f, buffers_.qkv, part.qkv.n});
 
   rotate_queries();
   store_keys(index);
@@ -77,14 +77,11 @@ void Forward::layer(int64_t index) {
 
   const Epilogue residual{Then::add, shape_.residual_scale, buffers_.x, width};
   input = prepared(part.output, buffers_.attended, rows_, queries, nullptr);
-  multiply(Stage::output, part.output, input, residual, part.gate_up);
+  multiply(Stage::output, part.output, input, residual);
   input = prepared(part.gate_up, buffers_.x, rows_, width, part.mlp_norm);
-  multiply(Stage::gate_up, part.gate_up, input, {Then::silu_mul, 1.0f, buffers_.gated, shape_.ff},
-           part.down);
+  multiply(Stage::gate_up, part.gate_up, input, {Then::silu_mul, 1.0f, buffers_.gated, shape_.ff});
   input = prepared(part.down, buffers_.gated, rows_, shape_.ff, nullptr);
-  const bool last = index + 1 == shape_.layers;
-  multiply(Stage::down, part.down, input, residual,
-           last ? state_.weights.head : state_.weights.layers[static_cast<size_t>(index + 1)].qkv);
+  multiply(Stage::down, part.down, input, residual);
 }
 
 void Forward::rotate_queries() {
@@ -152,24 +149,20 @@ Input Forward::prepared(const Linear& linear, const float* x, int64_t rows, int6
   return input;
 }
 
-void Forward::ask_for(const Linear& linear) const {
-  const int64_t bytes = static_cast<int64_t>(packed_sizes(linear).codes) / linear.padded_n();
-  team_.split(linear.padded_n(), ROW_TILE, [&](int64_t begin, int64_t end) {
-    const uint8_t* const codes = linear.codes + begin * bytes;
-    const int64_t most = std::min((end - begin) * bytes, FIRST_BYTES);
-    for (int64_t at = 0; at < most; at += 64) __builtin_prefetch(codes + at, 0, 2);
-  });
-}
-
-void Forward::multiply(Stage stage, const Linear& linear, const Input& input,
-                       const Epilogue& epilogue, const Linear& next) {
+void Forward::multiply(Stage stage, const Linear& linear, Input input, const Epilogue& epilogue) {
+  const bool few = team_.size() == 1 || input.rows <= FEW_ROWS;
+  const Piece* const mine = few ? way_.data() + product_ : nullptr;
+  if (mine) {
+    if (ahead_.piece < mine) ahead_ = way_of(mine, way_.data() + way_.size() - mine);
+    input.ahead = &ahead_;
+  }
+  ++product_;
   const auto columns = [&](int64_t begin, int64_t end) {
     if (begin < end) apply(linear, input, begin, end, epilogue, scratch_.tile, state_.isa);
   };
   const int64_t size = team_.size(), tiles = linear.padded_n() / ROW_TILE;
-  if (size == 1 || input.rows <= FEW_ROWS) {
+  if (few) {
     team_.split(linear.padded_n(), ROW_TILE, columns);
-    ask_for(next);
     team_.barrier();
   } else {
     const int64_t parts = size * PARTS;
@@ -203,8 +196,7 @@ void Forward::head() {
   const Input input =
       prepared(matrix, buffers_.x, wanted, shape_.width, state_.weights.final_norm);
   multiply(Stage::head, matrix, input,
-           {Then::store, shape_.logit_scale, work_.logits, shape_.vocab},
-           state_.weights.layers.front().qkv);
+           {Then::store, shape_.logit_scale, work_.logits, shape_.vocab});
 }
 
 void Forward::copy_trace(int64_t index) {

@@ -74,6 +74,18 @@ size_t trees_bytes(const Shape& shape, const Limits& limits) {
   return counting.used();
 }
 
+std::vector<Piece> make_way(const Weights& weights, const Team& team) {
+  std::vector<Piece> way;
+  each_linear(weights, [&](const char*, const Linear& linear) {
+    Piece piece;
+    team.split(linear.padded_n(), ROW_TILE,
+               [&](int64_t begin, int64_t end) { piece = piece_of(linear, begin, end); });
+    way.push_back(piece);
+  });
+  way.push_back(way.front());
+  return way;
+}
+
 CacheShape cache_shape(const Shape& shape, const SparseShape& sparse, CacheType type) {
   return {shape.layers, shape.kv_heads, shape.head_dim, type, sparse.on};
 }

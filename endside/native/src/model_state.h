@@ -50,6 +50,10 @@ size_t attention_bytes(const Shape& shape, const SparseShape& sparse, CacheType 
 // Throws std::invalid_argument with the name of the first part that does not fit the shape.
 void check_parts(const Shape& shape, const Weights& weights, const Limits& limits);
 
+// The codes that this thread reads in a step of few rows, product by product, and at last those
+// that it starts the next step with.
+std::vector<Piece> make_way(const Weights& weights, const Team& team);
+
 // A tree of the last forward: what accept needs of it.
 struct Draft {
   int64_t request = 0, start = 0, rows = 0;
@@ -92,6 +96,7 @@ struct Model::State {
   Buffers buffers;
   Trees trees;
   Work work;
+  std::vector<std::vector<Piece>> ways;  // by thread: its codes of every product of a step
   bool timed = false;
   std::array<double, STAGES> seconds{};
   std::mutex busy;
@@ -116,11 +121,8 @@ class Forward {
   // Rows of x (P, width), normed first if there is a norm, in the form `linear` wants.
   Input prepared(const Linear& linear, const float* x, int64_t rows, int64_t width,
                  const float* norm);
-  // The team's whole product; complete after it. The memory is then on its way to what `next`, the
-  // product after it, reads first.
-  void multiply(Stage stage, const Linear& linear, const Input& input, const Epilogue& epilogue,
-                const Linear& next);
-  void ask_for(const Linear& linear) const;
+  // The team's whole product; complete after it. Products run in the order of the ways.
+  void multiply(Stage stage, const Linear& linear, Input input, const Epilogue& epilogue);
   void lap(Stage stage);
 
   Model::State& state_;
@@ -129,6 +131,9 @@ class Forward {
   const Buffers& buffers_;
   const Work& work_;
   const Scratch& scratch_;
+  const std::vector<Piece>& way_;
+  Ahead ahead_;
+  size_t product_ = 0;  // of the way: the next
   const int64_t rows_;
   const bool timed_;
   std::chrono::steady_clock::time_point last_;
