@@ -7,6 +7,7 @@ What a killed process left behind is removed by the next writer of the same targ
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -43,6 +44,43 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def resumable_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder whose `whole` becomes `target` on success, with what was left in it before.
+
+    For long work that saves how far it is, in files beside `whole`: once there is one, an error or
+    a kill leaves the folder, a hidden sibling of `target`, to the next call. UserError while
+    another process works on it.
+    """
+    work = target.with_name(f".unfinished-{target.name}")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with (work / "lock").open("wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is writing {target}: wait for it, or choose another folder"
+                ) from None
+            try:
+                yield work
+            except BaseException:
+                if {path.name for path in work.iterdir()} <= {"lock", "whole"}:
+                    shutil.rmtree(work)
+                raise
+            whole = work / "whole"
+            for file in whole.rglob("*"):
+                sync(file)
+            sync(whole)
+            os.rename(whole, target)
+            sync(target.parent)
+            shutil.rmtree(work)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; free space or choose another folder"
+        ) from error
 
 
 @contextmanager

@@ -8,8 +8,9 @@
 A document is held out iff the hash of its group falls in the first `heldout_share` of all hashes:
 the same document lands on the same side in every corpus and on every machine, in any order. A
 corpus too small for that gives up the tail of its last training shard instead. The folder appears
-at once, so a killed `pack` leaves nothing behind that could be mistaken for data; each shard's
-sha256 is in the index, whose own hash is the identity of the data.
+at once, so a killed `pack` leaves nothing behind that could be mistaken for data, and goes on where
+it was when it is called again (`journal.py`); each shard's sha256 is in the index, whose own hash
+is the identity of the data.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
-from endside.atomic import atomic_folder
+from endside.atomic import resumable_folder
 from endside.config import build
 from endside.data.document import Document
+from endside.data.journal import JOURNAL, Journal
 from endside.errors import UserError
 from endside.shards import digest
 
@@ -63,6 +67,14 @@ class Encoder:
     eos: int  # ends every document
     fingerprint: str  # identity of the tokenizer
     bos: int | None = None  # starts every document
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What the ids depend on, the texts aside."""
+        return {
+            "tokenizer": self.fingerprint, "vocab_size": self.vocab_size, "eos": self.eos,
+            "bos": self.bos,
+        }  # fmt: skip
 
     def each(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Sequence[int]]]:
         """Each document and its ids."""
@@ -123,25 +135,53 @@ def pack(
     config: PackConfig | None = None,
     *,
     encode: Encode | None = None,
+    note: Callable[[str], object] = lambda _: None,
 ) -> PackedIndex:
     """Write the shards of `documents` to `folder`, which must not exist yet.
 
+    What an earlier call with the same texts and settings did before it was cut short is kept.
     encode(documents) -> each document in order and its ids, in another way than one by one here.
+    note(text): told where it goes on.
     """
     config = config or PackConfig()
     if folder.exists():
         raise UserError(f"{folder} exists: remove it, or pack into another folder")
-    with atomic_folder(folder) as part:
-        writers = {split: _Writer(part, split, encoder, config) for split in ("train", "heldout")}
+    with resumable_folder(folder) as work:
+        journal = Journal(work, {"format": FORMAT, **asdict(config), **encoder.asked})
         with contextlib.ExitStack() as files:
+            writers, saved = _writers(work / "whole", encoder, config, journal.read())
             for writer in writers.values():
                 files.callback(writer.drop)
+            if saved:
+                note(f"going on behind {saved['documents']:,} documents that are packed already")
+                documents = journal.skip(documents, saved)
             for document, ids in (encode or encoder.each)(documents):
                 held = _hash_share(document.split_key) < config.heldout_share
-                writers["heldout" if held else "train"].add(document, ids)
+                closed = writers["heldout" if held else "train"].add(document, ids)
+                journal.add(document)
+                if closed or journal.due():
+                    journal.save({split: writer.save() for split, writer in writers.items()})
             index = _finish(writers, encoder, config)
-        (part / INDEX).write_text(json.dumps(asdict(index), indent=1), encoding="utf-8")
+        (work / "whole" / INDEX).write_text(json.dumps(asdict(index), indent=1), encoding="utf-8")
     return index
+
+
+def _writers(
+    part: Path, encoder: Encoder, config: PackConfig, saved: dict[str, Any] | None
+) -> tuple[dict[str, _Writer], dict[str, Any] | None]:
+    """Writers that go on where `saved` says, and that; or new ones and None."""
+    writers = {split: _Writer(part, split, encoder, config) for split in ("train", "heldout")}
+    if saved and all(writers[split].restore(saved["files"][split]) for split in writers):
+        kept = {name for writer in writers.values() for name in writer.files()}
+        for file in part.iterdir():
+            if file.name not in kept:
+                file.unlink()
+        return writers, saved
+    for writer in writers.values():
+        writer.drop()
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    return {split: _Writer(part, split, encoder, config) for split in writers}, None
 
 
 def _hash_share(key: str) -> float:
@@ -169,21 +209,22 @@ def _dtype(encoder: Encoder) -> np.dtype:
 
 
 class _Writer:
-    """The open shard of one split: on the disk, but for its last document."""
+    """The shards of one split, the last of them open."""
 
     def __init__(self, folder: Path, split: str, encoder: Encoder, config: PackConfig) -> None:
         self.folder, self.split, self.encoder, self.config = folder, split, encoder, config
         self.closed: list[Shard] = []
         self.tokens = 0  # in all shards
         self.text_bytes = 0
+        self._dtype = _dtype(encoder)
         self._file: BinaryIO | None = None
         self._begin()
 
     def _begin(self) -> None:
-        self._starts, self._length, self._last = array("Q"), 0, np.empty(0, _dtype(self.encoder))
-        self._digest = hashlib.sha256()
+        self._starts, self._length, self._noted = array("Q"), 0, 0
 
-    def add(self, document: Document, encoded: Sequence[int]) -> None:
+    def add(self, document: Document, encoded: Sequence[int]) -> bool:
+        """Append one document; whether that closed a shard."""
         bos = [] if self.encoder.bos is None else [self.encoder.bos]
         ids = np.array([*bos, *encoded, self.encoder.eos], dtype=np.int64)
         if ids.min() < 0 or ids.max() >= self.encoder.vocab_size:
@@ -192,31 +233,36 @@ class _Writer:
                 f"{self.encoder.vocab_size - 1}: pack with the tokenizer the model was made for"
             )
         self.text_bytes += len(document.text.encode("utf-8"))
-        self.take(ids)
+        return self.take(ids)
 
-    def take(self, ids: np.ndarray) -> None:
-        self._write_last()
+    def take(self, ids: np.ndarray) -> bool:
+        if self._file is None:
+            self._file = open(self._path(".bin"), "w+b")  # noqa: SIM115 (see drop)
+        self._file.write(ids.astype(self._dtype).tobytes())
         self._starts.append(self._length)
-        self._last = ids.astype(_dtype(self.encoder))
         self._length += len(ids)
         self.tokens += len(ids)
-        if self._length >= self.config.shard_tokens:
+        full = self._length >= self.config.shard_tokens
+        if full:
             self._close_shard()
+        return full
 
     def give_tail(self, share: float) -> np.ndarray:
         """Remove and return the last `share` of the last document, one token at least."""
-        if not len(self._last):
+        if self._file is None:
             raise UserError(
                 f"pack.shard_tokens {self.config.shard_tokens} is too small to hold out a tail: "
                 "raise it"
             )
-        whole = self._last
-        wanted = max(1, round(share * self._length))
-        cut = len(whole) - min(wanted, len(whole) - 1)
-        self._last = whole[:cut]
-        self._length -= len(whole) - cut
-        self.tokens -= len(whole) - cut
-        return whole[cut:]
+        last = self._length - self._starts[-1]
+        count = min(max(1, round(share * self._length)), last - 1)
+        self._length -= count
+        self.tokens -= count
+        self._file.seek(self._length * self._dtype.itemsize)
+        tail = np.frombuffer(self._file.read(), self._dtype)
+        self._file.truncate(self._length * self._dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
+        return tail
 
     def close(self) -> list[Shard]:
         if self._length:
@@ -228,30 +274,62 @@ class _Writer:
         if self._file is not None:
             self._file.close()
 
+    def save(self) -> dict[str, Any]:
+        """Put all on the disk; what `restore` needs to go on behind it."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            with self._path(".starts").open("ab") as file:
+                file.write(self._starts[self._noted :].tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            self._noted = len(self._starts)
+        return {
+            "closed": [asdict(shard) for shard in self.closed], "tokens": self.tokens,
+            "text_bytes": self.text_bytes, "length": self._length, "documents": self._noted,
+        }  # fmt: skip
+
+    def restore(self, saved: dict[str, Any]) -> bool:
+        """Go on behind what was saved; False, and nothing done, where the files are not there."""
+        self.closed = [build(Shard, shard, source=JOURNAL) for shard in saved["closed"]]
+        width = self._dtype.itemsize
+        counts = [(shard.name, shard.tokens, shard.documents) for shard in self.closed]
+        counts += [(self._name, saved["length"], saved["documents"])] if saved["length"] else []
+        for name, tokens, documents in counts:
+            for suffix, size in ((".bin", tokens * width), (".starts", 8 * documents)):
+                path = self.folder / f"{name}{suffix}"
+                if not path.is_file() or path.stat().st_size < size:
+                    return False
+                os.truncate(path, size)
+        self.tokens, self.text_bytes = saved["tokens"], saved["text_bytes"]
+        if saved["length"]:
+            self._file = open(self._path(".bin"), "r+b")  # noqa: SIM115 (see drop)
+            self._file.seek(0, os.SEEK_END)
+            self._starts = array("Q", self._path(".starts").read_bytes())
+            self._length, self._noted = saved["length"], saved["documents"]
+        return True
+
+    def files(self) -> list[str]:
+        """Names of the files that hold what was taken."""
+        names = [shard.name for shard in self.closed] + ([self._name] if self._length else [])
+        return [name + suffix for name in names for suffix in (".bin", ".starts")]
+
     @property
     def _name(self) -> str:
         return f"{self.split}_{len(self.closed):05d}"
 
-    def _write_last(self) -> None:
-        if not len(self._last):
-            return
-        if self._file is None:
-            self._file = open(self.folder / f"{self._name}.bin", "wb")  # noqa: SIM115 (see drop)
-        data = self._last.tobytes()
-        self._digest.update(data)
-        self._file.write(data)
+    def _path(self, suffix: str) -> Path:
+        return self.folder / f"{self._name}{suffix}"
 
     def _close_shard(self) -> None:
-        self._write_last()
         assert self._file is not None, "a shard that is closed has a document"
         self._file.close()
         self._file = None
-        starts = self._starts.tobytes()
-        (self.folder / f"{self._name}.starts").write_bytes(starts)
+        self._path(".starts").write_bytes(self._starts.tobytes())
         self.closed.append(
             Shard(
-                self._name, self._length, len(self._starts), self._digest.hexdigest(),
-                hashlib.sha256(starts).hexdigest(),
+                self._name, self._length, len(self._starts), digest(self._path(".bin")),
+                digest(self._path(".starts")),
             )
         )  # fmt: skip
         self._begin()

@@ -4,7 +4,8 @@
     endside data check DIR...                        compare shards with their checksums
 
 SRC are files and folders. The result appears in OUT whole or not at all, and depends on nothing but
-the texts, the tokenizer and the flags: not on the number of processes. Lines that cannot be used
+the texts, the tokenizer and the flags: not on the number of processes, nor on how often it was cut
+short: the same command goes on where it was. Lines that cannot be used
 are counted and named; the rest is packed.
 """
 
@@ -73,6 +74,7 @@ def pack(flags: Pack) -> None:
     from endside.data.encode import in_processes
     from endside.data.pack import PackConfig, byte_encoder, tokenizer_encoder
     from endside.data.pack import pack as write
+    from endside.log import Progress
     from endside.tokenizer import Tokenizer
 
     if len(flags.paths) < 2 or not flags.tokenizer:
@@ -89,7 +91,7 @@ def pack(flags: Pack) -> None:
         encode = in_processes(Path(flags.tokenizer), flags.processes)
     config = PackConfig(flags.heldout_share, flags.shard_tokens)
     try:
-        index = write(documents, out, encoder, config, encode=encode)
+        index = write(documents, out, encoder, config, encode=encode, note=Progress().note)
     finally:
         _report_bad(tally)
     tokens = {

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from endside.data import journal
 from endside.data.document import Document
 from endside.data.pack import Encoder, PackConfig, byte_encoder, open_packed, pack
 from endside.errors import UserError
@@ -130,6 +131,79 @@ def test_a_killed_pack_is_no_data_set_and_can_be_repeated(tmp_path: Path) -> Non
     pack(DOCUMENTS, tmp_path / "p", byte_encoder(), PackConfig(0.2))
     assert len(texts(tmp_path / "p", "train")) > 100
     assert [file.name for file in tmp_path.iterdir()] == ["p"], "the dead writer's part is gone"
+
+
+class Stop(Exception):
+    """What ends a packing in these tests."""
+
+
+def until(count: int) -> Iterator[Document]:
+    yield from DOCUMENTS[:count]
+    raise Stop
+
+
+@pytest.mark.parametrize("shard_tokens", [37, 100, 100_000])
+def test_wherever_it_stops_the_result_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_tokens: int
+) -> None:
+    """Stopped again and again, saved after every document or only when a shard ends."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # the disk's time, not a question here
+    config, said = PackConfig(0.2, shard_tokens), []
+    pack(DOCUMENTS, tmp_path / "whole", byte_encoder(), config)
+    want = open_packed(tmp_path / "whole").identity
+    for number, seconds in enumerate((-1.0, 1e9)):
+        monkeypatch.setattr(journal, "SAVE_SECONDS", seconds)
+        out = tmp_path / f"p{number}"
+        for count in (1, 5, 5, 29, 111, 200):
+            with pytest.raises(Stop):
+                pack(until(count), out, byte_encoder(), config, note=said.append)
+        pack(DOCUMENTS, out, byte_encoder(), config, note=said.append)
+        assert open_packed(out).verify() and open_packed(out).identity == want
+        assert not (tmp_path / f".unfinished-p{number}").exists()
+    assert "going on behind 111 documents that are packed already" in said
+
+
+def test_what_was_left_is_used_for_the_same_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # the disk's time, not a question here
+    monkeypatch.setattr(journal, "SAVE_SECONDS", -1.0)
+    out, left, said = tmp_path / "p", tmp_path / ".unfinished-p", []
+    config = PackConfig(0.2, 300)
+
+    def stop() -> None:
+        with pytest.raises(Stop):
+            pack(until(150), out, byte_encoder(), config)
+
+    stop()
+    with pytest.raises(UserError, match="the texts are not those"):
+        pack(DOCUMENTS[1:], out, byte_encoder(), config)
+    assert not left.exists(), "what is of no use is gone"
+    stop()
+    with pytest.raises(UserError, match="the texts are not those"):
+        pack(DOCUMENTS[:99], out, byte_encoder(), config)
+    stop()
+    pack(DOCUMENTS, out, byte_encoder(), PackConfig(0.1, 300), note=said.append)
+    out.rename(tmp_path / "other flags")
+    stop()
+    (left / "whole" / "train_00001.bin").write_bytes(b"torn")
+    pack(DOCUMENTS, out, byte_encoder(), config, note=said.append)
+    out.rename(tmp_path / "torn")
+    stop()
+    (left / "journal.json").write_text("{")
+    pack(DOCUMENTS, out, byte_encoder(), config, note=said.append)
+    assert not said, "each of them begins anew"
+    assert open_packed(out).identity == open_packed(tmp_path / "torn").identity
+    assert open_packed(out).verify()
+
+
+def test_two_packings_of_one_folder_do_not_meet(tmp_path: Path) -> None:
+    def second() -> Iterator[Document]:
+        yield DOCUMENTS[0]
+        pack(DOCUMENTS, tmp_path / "p", byte_encoder())
+
+    with pytest.raises(UserError, match="another process is writing"):
+        pack(second(), tmp_path / "p", byte_encoder())
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

@@ -182,27 +182,32 @@ def test_the_result_is_the_same_for_any_number_of_processes(
     assert code == 0 and "whole" in said
 
 
-def test_a_killed_pack_leaves_nothing_that_opens(tmp_path: Path) -> None:
-    """kill -9 at random moments, then the same command to its end."""
+def test_a_killed_pack_goes_on_and_gives_the_same(tmp_path: Path) -> None:
+    """kill -9 three times, then the same command to its end: the shards of one that never died."""
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS * 300))
-    out = tmp_path / "out"
-    command = [
-        sys.executable, "-m", "endside", "data", "pack", tmp_path / "a.jsonl", out, "--tokenizer",
-        "bytes", "--shard-tokens", "20000",
-    ]  # fmt: skip
+    out, work = tmp_path / "out", tmp_path / ".unfinished-out"
+    command = [sys.executable, "-m", "endside", "data", "pack", tmp_path / "a.jsonl", out]
+    command += ["--tokenizer", "bytes", "--shard-tokens", "20000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    running = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".part-out-*/train_00001.bin")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
-    assert not out.exists() and list(tmp_path.glob(".part-*")), "it died in the middle"
+    for shards in (5, 30, 60):
+        running = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not (work / f"whole/train_{shards:05d}.bin").exists():
+            assert time.monotonic() < deadline and running.poll() is None, "it died too late"
+            time.sleep(0.002)
+        running.send_signal(signal.SIGKILL)
+        assert running.wait() == -signal.SIGKILL
+        assert not out.exists() and (work / "journal.json").exists(), "it died in the middle"
+    saved = json.loads((work / "journal.json").read_bytes())["documents"]
+    assert saved > 1000
+    last = subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert f"going on behind {saved:,} documents" in last.stderr.decode()
+    command[command.index(out)] = tmp_path / "one"
     subprocess.run(command, env=environment, check=True, capture_output=True)
     packed = open_packed(out)
-    assert packed.verify()
+    assert packed.verify() and packed.identity == open_packed(tmp_path / "one").identity
     assert sum(shard.documents for s in packed.index.splits.values() for shard in s) == 18000
-    assert not list(tmp_path.glob(".part-*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "one", "out"]
 
 
 CONFIG = """
