@@ -13,6 +13,7 @@ using check::Noise;
 using endside::Epilogue;
 using endside::Isa;
 using endside::Kind;
+using endside::Level;
 using endside::Linear;
 using endside::Piece;
 using endside::ScaleType;
@@ -187,25 +188,42 @@ TEST_EACH_ISA(linear_shares) {
   }
 }
 
-// Pieces of a way, in stretches of several lengths: each byte is asked for once and in order, except
-// that a stretch does not cross a border. Here the asking itself is not seen, what is handed out is.
+// A way in stretches of several lengths: tile after tile, and in each from the front of both blocks,
+// which is the order of reading. The asking itself is not seen, what is handed out is.
 TEST(linear_way) {
-  const std::vector<uint8_t> codes(10000);
-  const std::vector<Piece> pieces = {{codes.data(), 1024}, {nullptr, 0}, {codes.data() + 2048, 4096},
-                                     {codes.data() + 8192, 640}};
-  for (int64_t bytes : {128, 256, 416}) {
-    endside::Ahead way = endside::way_of(pieces.data(), 4);
+  const std::vector<uint8_t> codes(16384);
+  const std::vector<Piece> pieces = {{codes.data(), 2, 1024}, {codes.data() + 8192, 1, 640}};
+  for (int64_t bytes : {64, 128, 208}) {
+    endside::Ahead way = endside::way_of(pieces.data(), 2);
     const uint8_t known = 0;
-    for (std::size_t at : {0, 2, 3}) {
-      for (int64_t i = 0; i + bytes <= pieces[at].bytes; i += bytes) {
-        const uint8_t* found = endside::next_stretch(way, bytes, &known);
-        if (found == &known) found = endside::next_stretch(way, bytes, &known);  // the empty piece
-        CHECK(found == pieces[at].codes + i, "stretch", bytes, "piece", at, "byte", i);
+    for (const Piece& piece : pieces) {
+      for (int64_t tile = 0; tile < piece.tiles; ++tile) {
+        for (int64_t i = 0; i + bytes <= piece.block; i += bytes) {
+          const auto found = endside::next_stretch<Level::second>(way, bytes, &known);
+          CHECK(found.at == piece.codes + 2 * tile * piece.block + i, "tile", tile, "byte", i);
+          CHECK(found.gap == piece.block, "tile", tile, "byte", i);
+        }
       }
     }
-    CHECK(endside::next_stretch(way, bytes, &known) == &known, "past the end", bytes);
-    CHECK(endside::next_stretch(way, bytes, &known) == &known, "and again", bytes);
+    for (int turn = 0; turn < 2; ++turn) {
+      const auto found = endside::next_stretch<Level::second>(way, bytes, &known);
+      CHECK(found.at == &known, "past the end", bytes, "turn", turn);
+    }
   }
+}
+
+// A thread without a share of the first product, and of one in the middle.
+TEST(linear_way_with_gaps) {
+  const std::vector<uint8_t> codes(512);
+  const std::vector<Piece> pieces = {{}, {codes.data(), 1, 128}, {}, {codes.data() + 256, 1, 128}};
+  const uint8_t known = 0;
+  endside::Ahead way = endside::way_of(pieces.data(), 4);
+  std::vector<const uint8_t*> found;
+  for (int i = 0; i < 5; ++i) {
+    const uint8_t* const at = endside::next_stretch<Level::second>(way, 128, &known).at;
+    if (at != &known) found.push_back(at);
+  }
+  CHECK(found == std::vector<const uint8_t*>({codes.data(), codes.data() + 256}), found.size());
 }
 
 // A thread that asks on into the next product computes the same.

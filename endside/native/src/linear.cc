@@ -54,13 +54,14 @@ Input make_input(const Linear& linear, int64_t rows, void* scratch) {
 }
 
 Piece piece_of(const Linear& linear, int64_t n_begin, int64_t n_end) {
-  const int64_t rows = (n_end + ROWS - 1) / ROWS * ROWS - n_begin;
-  const int64_t bytes = block_bytes(linear.kind, linear.padded_k(), linear.group) / ROWS;
-  return {linear.codes + n_begin * bytes, rows * bytes};
+  const int64_t block = block_bytes(linear.kind, linear.padded_k(), linear.group);
+  return {linear.codes + n_begin / ROWS * block, (n_end - n_begin + ROW_TILE - 1) / ROW_TILE,
+          block};
 }
 
 Ahead way_of(const Piece* pieces, int64_t count) {
-  return {pieces, pieces + count, pieces->codes, pieces->bytes, 0};
+  if (pieces->tiles == 0) return {pieces, pieces + count, pieces->codes, 0, 0, 0};
+  return {pieces, pieces + count, pieces->codes, pieces->block, pieces->tiles - 1, 0};
 }
 
 size_t apply_scratch_bytes(const Linear&) {

@@ -80,17 +80,17 @@ void pack_codes(const Linear& shape, const uint8_t* code_values, const uint16_t*
 // One row back as float32 (k): the embedding of a tied model, and tests.
 void unpack_row(const Linear& linear, int64_t row, float* out);
 
-// What a thread will read of codes, piece after piece, and how far it has asked memory for them
-// (linear_ahead.h). `lead`: bytes asked for and not yet read.
+// What a thread will read of codes: tiles of ROW_TILE rows, two blocks each, piece after piece; and
+// how far it has asked memory for them (linear_ahead.h).
 struct Piece {
   const uint8_t* codes = nullptr;
-  int64_t bytes = 0;
+  int64_t tiles = 0, block = 0;  // bytes of a block
 };
 struct Ahead {
   const Piece *piece = nullptr, *end = nullptr;
-  const uint8_t* at = nullptr;
-  int64_t left = 0;  // of the piece
-  int64_t lead = 0;
+  const uint8_t* at = nullptr;  // in the first block of a tile
+  int64_t left = 0, tiles = 0;  // bytes of that block, then tiles of the piece
+  int64_t lead = 0;             // bytes asked for and not yet read
 };
 // The codes of rows n_begin .. n_end, and a way of pieces from its start.
 Piece piece_of(const Linear& linear, int64_t n_begin, int64_t n_end);

@@ -332,8 +332,9 @@ struct Avx2 {
     for (int64_t g = 0; g < tile.groups; ++g) {
       __m256i total[T][2];
       clear<T>(total);
-      const int64_t bytes = 2 * group_bytes(K, tile.group);
-      ask_lines(ask_ahead(rows.ahead, bytes, tile.codes[0] + g * bytes / 2), bytes);
+      const int64_t bytes = group_bytes(K, tile.group);
+      const Stretch ahead = ask_ahead<Level::first>(rows.ahead, bytes, tile.codes[0] + g * bytes);
+      ask_both<Level::first>(ahead, bytes);
       group_direct<K, T>(tile, g, rows, total);
       const GroupTerm term = GroupTerm::at<K>(tile, g);
 #pragma GCC unroll 8

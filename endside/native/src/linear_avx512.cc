@@ -60,14 +60,14 @@ inline void group_direct(const Tile& tile, int64_t g, const Rows& rows, __m512i 
   const int64_t bytes = group_bytes(K, tile.group), steps = tile.group / STEP;
   const uint8_t *a = tile.codes[0] + g * bytes, *b = tile.codes[1] + g * bytes;
   const int8_t* const q = rows.q + g * tile.group;
-  const uint8_t* ahead = ask_ahead(rows.ahead, 2 * bytes, a);
+  Stretch ahead = ask_ahead<Level::second>(rows.ahead, bytes, a);
   __m512i codes[S];
   int64_t s = 0;
   for (; s + S <= steps; s += S, a += STEP_CODES, b += STEP_CODES) {
-    if (s / S % 2 == 0) {  // two lines are read
-      ask_line(ahead);
-      ask_line(ahead + LINE_BYTES);
-      ahead += 2 * LINE_BYTES;
+    if (s / S % 2 == 0) {  // a line of each block
+      ask_line<Level::second>(ahead.at);
+      ask_line<Level::second>(ahead.at + ahead.gap);
+      ahead.at += LINE_BYTES;
     }
     unpack<K>(a, b, codes);
 #pragma GCC unroll 8
