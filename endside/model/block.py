@@ -10,9 +10,10 @@ from endside.model.attention import Attention
 from endside.model.batch import Batch
 from endside.model.cache import Cache
 from endside.model.config import ModelConfig
-from endside.model.linear import Linear, MakeLinear, narrowed
+from endside.model.linear import Linear, MakeLinear, narrow
+from endside.ops.add_norm import add_norm
 from endside.ops.rmsnorm import rmsnorm
-from endside.ops.swiglu.reference import swiglu
+from endside.ops.swiglu import swiglu
 
 
 class Norm(nn.Module):
@@ -26,6 +27,13 @@ class Norm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., C) -> (..., C)."""
         return rmsnorm(x, self.weight, self.eps)
+
+    def after(
+        self, x: torch.Tensor, branch: torch.Tensor | None = None, scale: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, branch (..., C) -> x + scale branch, and its norm as projections read it."""
+        dtype = narrow(x)
+        return add_norm(x, branch, self.weight, scale=scale, eps=self.eps, dtype=dtype)
 
 
 class MLP(nn.Module):
@@ -77,5 +85,8 @@ class Block(nn.Module):
         batch: Batch,
         cache: Cache | None,
     ) -> torch.Tensor:
-        x = x + self.self_attn(narrowed(self.input_layernorm(x)), rope, batch, cache) * self.scale
-        return x + self.mlp(narrowed(self.post_attention_layernorm(x))) * self.scale
+        x, read = self.input_layernorm.after(x)
+        heard = self.self_attn(read, rope, batch, cache)
+        x, read = self.post_attention_layernorm.after(x, heard, self.scale)
+        thought = self.mlp(read)
+        return x + (thought if self.scale == 1 else thought * self.scale)

@@ -29,7 +29,7 @@ class Linear(nn.Module):
         return self.product(x, self.weight)
 
 
-def narrowed(x: torch.Tensor) -> torch.Tensor:
-    """x as every projection under autocast would cast it, once for all that read it."""
+def narrow(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype to which every projection under autocast would cast x; None without autocast."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -20,13 +20,22 @@ OPS: dict[str, dict[str, str]] = {
     "rope": {
         "reference": "endside.ops.rope.reference:rotate",
         "fused": "endside.ops.rope.fused:rotate",
+        "native": "endside.ops.rope.native:rotate",
     },
-    "swiglu": {"reference": "endside.ops.swiglu.reference:swiglu"},
+    "swiglu": {
+        "reference": "endside.ops.swiglu.reference:swiglu",
+        "fused": "endside.ops.swiglu.fused:swiglu",
+    },
+    "add_norm": {
+        "reference": "endside.ops.add_norm.reference:add_norm",
+        "native": "endside.ops.add_norm.native:add_norm",
+    },
     "linear": {"reference": "endside.ops.linear.reference:linear"},
     "attention": {
         "reference": "endside.ops.attention.reference:attend",
         "sdpa": "endside.ops.attention.sdpa:attend",
         "segments": "endside.ops.attention.segments:attend",
+        "tiles": "endside.ops.attention.tiles:attend",
         "varlen": "endside.ops.attention.varlen:attend",
     },
     "cross_entropy": {"reference": "endside.ops.cross_entropy.reference:cross_entropy"},

@@ -136,7 +136,7 @@ def _block_bytes(work: Work, split: int) -> float:
     model = work.model
     width, query = model.hidden_size, model.num_attention_heads * model.head_dim
     keys = 2 * model.num_key_value_heads * model.head_dim
-    inside = 2 * query + keys + 4 * model.intermediate_size
+    inside = 2 * query + keys + 3 * model.intermediate_size
     # Each norm keeps its input; its output, cast once in bfloat16, serves all projections.
     each = 2 if work.bf16 else 4
     return 8 * width + each * (2 * width + inside / split)

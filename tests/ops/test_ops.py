@@ -6,16 +6,20 @@ Rows that need Triton are walked by tests/triton_interpret, InfLLM's by tests/op
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from endside import native
-from endside.ops import OPS, attention, implementation
+from endside.ops import OPS, attention, implementation, passes
 from endside.ops.attention import sdpa, segments
 from endside.ops.attention.packing import Packing, packing
 from endside.ops.cross_entropy.reference import IGNORE
 
-DIFFERENTIABLE_ONLY_IN_TORCH = {"native"}
+DIFFERENTIABLE_ONLY_IN_TORCH = {("rmsnorm", "native")}
+NEEDS_CORE = {"native", "tiles"}
+FLOAT32_ONLY = {("rmsnorm", "native"), ("add_norm", "native")}
 
 
 def _inputs(op: str, size: int) -> tuple[list[torch.Tensor], tuple]:
@@ -27,6 +31,8 @@ def _inputs(op: str, size: int) -> tuple[list[torch.Tensor], tuple]:
 
     if op == "rmsnorm":
         return [normal(3, size) * 5, 1 + 0.3 * normal(size)], (1e-5,)
+    if op == "add_norm":
+        return [normal(37, size), normal(37, size), 1 + 0.3 * normal(size)], (0.7, 1e-5)
     if op == "rope":
         angle = normal(2, size, 1, 8)
         return [normal(2, size, 3, 16)], (angle.cos() * 1.1, angle.sin() * 1.1)
@@ -50,7 +56,9 @@ def _inputs(op: str, size: int) -> tuple[list[torch.Tensor], tuple]:
 def _run(op: str, impl: str, dtype: torch.dtype, size: int) -> list[torch.Tensor]:
     """Output and gradients in float64, computed in `dtype`."""
     tensors, rest = _inputs(op, size)
-    leaves = [t.to(dtype).requires_grad_(impl not in DIFFERENTIABLE_ONLY_IN_TORCH) for t in tensors]
+    leaves = [
+        t.to(dtype).requires_grad_((op, impl) not in DIFFERENTIABLE_ONLY_IN_TORCH) for t in tensors
+    ]
     rest = tuple(
         r.to(dtype if dtype == torch.float64 else torch.float32)
         if isinstance(r, torch.Tensor) and r.is_floating_point()
@@ -58,11 +66,20 @@ def _run(op: str, impl: str, dtype: torch.dtype, size: int) -> list[torch.Tensor
         for r in rest
     )
     out = implementation(op, impl)(*leaves, *rest)
-    if impl in DIFFERENTIABLE_ONLY_IN_TORCH:
+    if (op, impl) in DIFFERENTIABLE_ONLY_IN_TORCH:
         return [out.double()]
-    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-    (out.double() * weight).sum().backward()
-    return [out.detach().double()] + [leaf.grad.double() for leaf in leaves]
+    outs = out if isinstance(out, tuple) else (out,)
+    return _with_gradients(outs, leaves)
+
+
+def _with_gradients(outs: tuple[torch.Tensor, ...], leaves: list) -> list[torch.Tensor]:
+    """Outputs, and the gradients of a fixed mixture of all that is in them, in float64."""
+    total = sum(
+        (one.double() * torch.linspace(-1, 1 + i, one.numel()).double().view(one.shape)).sum()
+        for i, one in enumerate(outs)
+    )
+    gradients = torch.autograd.grad(total, leaves)
+    return [x.detach().double() for x in (*outs, *gradients)]
 
 
 ROWS = [
@@ -79,17 +96,83 @@ ROWS = [
 @pytest.mark.parametrize(("op", "impl"), ROWS, ids=[f"{op}-{impl}" for op, impl in ROWS])
 def test_row_matches_truth(op: str, impl: str, dtype: torch.dtype, size: int) -> None:
     """Forward and gradients stay within twice the reference's own rounding."""
-    if impl == "native":
-        if dtype != torch.float32:
-            pytest.skip("the native kernel is float32 only")
-        if native.load() is None:
-            pytest.skip(f"native core: {native.status()}")
+    if (op, impl) in FLOAT32_ONLY and dtype != torch.float32:
+        pytest.skip("the native kernel is float32 only")
+    if impl in NEEDS_CORE:
+        need_core()
     truth = _run(op, "reference", torch.float64, size)
     plain = _run(op, "reference", dtype, size)
     fast = _run(op, impl, dtype, size)
     for want, usual, got in zip(truth, plain, fast, strict=False):
         allowed = 2 * (usual - want).abs().max() + 4 * torch.finfo(dtype).eps * want.abs().max()
         assert (got - want).abs().max() <= allowed, f"{op}/{impl} at {size}: beyond {allowed:.3g}"
+
+
+def need_core() -> None:
+    """Skip where the package has none."""
+    if native.load() is None:
+        pytest.skip(f"native core: {native.status()}")
+
+
+@pytest.mark.parametrize("isa", native.available_isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_passes_of_a_step_on_every_instruction_set(
+    isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odd widths, so that rows end inside a vector; the head's loss through the core too."""
+    monkeypatch.setattr(passes, "ISA", isa)
+    for op, impl in (("swiglu", "fused"), ("rope", "native"), ("head_loss", "fused")):
+        test_row_matches_truth(op, impl, dtype, 37)
+    if dtype == torch.float32:
+        test_row_matches_truth("add_norm", "native", dtype, 37)
+    within_rounding([[3, 30, 41], [74]], dtype, "tiles")
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_a_narrow_norm_beside_a_wide_stream(branch: bool) -> None:
+    """As under autocast: x float32, branch and norm bfloat16, against float64 truth."""
+    need_core()
+    results = []
+    for kind, impl in ((torch.float64, "reference"), (None, "reference"), (None, "native")):
+        make = torch.Generator().manual_seed(3)
+        x, b, w = (torch.randn(*s, generator=make).double() for s in ((37, 70), (37, 70), (70,)))
+        b = b.bfloat16()  # the same start for all
+        leaves = [x.to(kind or torch.float32), b.to(kind or b.dtype), w.to(kind or torch.float32)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        given = [leaves[0], leaves[1] if branch else None, leaves[2]]
+        dtype = kind or torch.bfloat16
+        outs = implementation("add_norm", impl)(*given, 0.7, 1e-5, dtype)
+        assert kind or (outs[0].dtype, outs[1].dtype) == (torch.float32, torch.bfloat16)
+        results.append(_with_gradients(outs, [leaf for leaf in given if leaf is not None]))
+    for want, usual, got in zip(*results, strict=True):
+        allowed = 2 * (usual - want).abs().max() + 4e-7 * want.abs().max()
+        assert (got - want).abs().max() <= allowed
+
+
+def test_bits_of_a_step_do_not_depend_on_the_number_of_threads() -> None:
+    """The weight's gradient is summed in parts of a fixed size."""
+    need_core()
+    found, threads = [], torch.get_num_threads()
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        found.append(_run("add_norm", "native", torch.float32, 129))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_a_logit_that_is_no_number_shows_in_the_loss() -> None:
+    """So that training stops; and a target outside of the logits is refused."""
+    need_core()
+    (hidden, weight), (targets, _) = _inputs("head_loss", 5)
+    leaves = [hidden.float().requires_grad_(), weight.float().requires_grad_()]
+    assert implementation("head_loss", "fused")(*leaves, targets).isfinite()
+    for bad in (float("nan"), float("inf")):
+        broken = leaves[0].detach().clone()
+        broken[1, 2, 3] = bad
+        broken.requires_grad_()
+        assert not implementation("head_loss", "fused")(broken, leaves[1], targets).isfinite()
+    with pytest.raises(IndexError, match="29"):
+        implementation("head_loss", "fused")(*leaves, targets.clamp(min=29))
 
 
 def test_attention_keeps_documents_apart() -> None:
@@ -155,20 +238,49 @@ def test_segments_differentiate_as_finite_differences_say(monkeypatch: pytest.Mo
     assert torch.autograd.gradcheck(lambda *x: segments.attend(*x, documents), small)
 
 
+@pytest.mark.parametrize("impl", ["segments", "tiles"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_segments_of_real_rows_stay_within_the_references_rounding(dtype: torch.dtype) -> None:
+def test_packed_rows_stay_within_the_references_rounding(dtype: torch.dtype, impl: str) -> None:
     """The path of a long row, with the tile that is used: error against float64 truth."""
-    rows = [[3, 300, 20, 20, 257, 40], [640]]
+    if impl in NEEDS_CORE:
+        need_core()
+    within_rounding([[3, 300, 20, 20, 257, 40], [640]], dtype, impl)
+
+
+def within_rounding(rows: list[list[int]], dtype: torch.dtype, impl: str) -> None:
+    """Outputs and gradients of packed rows have at most twice the reference's error."""
     results = []
-    for kind, impl in ((torch.float64, "reference"), (dtype, "reference"), (dtype, "segments")):
+    for kind, one in ((torch.float64, "reference"), (dtype, "reference"), (dtype, impl)):
         leaves, documents = packed_rows(rows, dtype=kind)
-        out = attention.attend(*leaves, documents, impl)
-        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-        gradients = torch.autograd.grad((out.double() * weight).sum(), leaves)
-        results.append([x.detach().double() for x in (out, *gradients)])
+        out = attention.attend(*leaves, documents, one)
+        results.append(_with_gradients((out,), leaves))
     for want, usual, got in zip(*results, strict=True):
         allowed = 2 * (usual - want).abs().max() + 4 * torch.finfo(dtype).eps * want.abs().max()
         assert (got - want).abs().max() <= allowed
+
+
+def test_tiles_hold_every_query_once_and_all_that_it_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Short neighbours share a tile, long documents have several; none is cut otherwise."""
+    monkeypatch.setattr(sys.modules[Packing.__module__], "TILE", 8)
+    rows = [[3, 4, 2, 20, 8, 7], [44], [1] * 44]
+    documents = torch.stack(
+        [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows]
+    )
+    found = Packing(documents).tiles
+    sizes = [[t.stop - t.start for t in found if t.row == row] for row in range(3)]
+    assert sizes == [[7, 2, 8, 8, 4, 8, 7], [8] * 5 + [4], [8] * 5 + [4]]
+    for row, owners in enumerate(documents):
+        at = 0
+        for tile in (t for t in found if t.row == row):
+            assert tile.start == at
+            for i in range(tile.start, tile.stop):
+                first, end = (int(x[i - at]) + tile.begin for x in (tile.first, tile.end))
+                assert end == i + 1 <= tile.stop and owners[first] == owners[i]
+                assert first >= tile.begin and (first == 0 or owners[first - 1] != owners[i])
+            at = tile.stop
+        assert at == 44
 
 
 def test_a_packing_knows_its_documents() -> None:

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
     "rmsnorm": (lambda x, w: implementation("rmsnorm", "reference")(x, w, 1e-5), [(3, 7), (7,)]),
     "rope": (lambda x: implementation("rope", "reference")(x, *angles()), [(2, 5, 3, 8)]),
     "swiglu": (implementation("swiglu", "reference"), [(2, 7), (2, 7)]),
+    "swiglu-fused": (implementation("swiglu", "fused"), [(2, 7), (2, 7)]),
     "linear": (implementation("linear", "reference"), [(3, 5), (4, 5)]),
     "cross_entropy": (lambda x: cross_entropy(x, targets()), [(2, 3, 7)]),
     "z": (lambda x: square_of_log_z(x, targets()), [(2, 3, 7)]),

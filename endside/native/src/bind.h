@@ -39,3 +39,4 @@ endside::Model& model_of(nb::handle object);
 void bind_linear(nb::module_& module);
 void bind_model(nb::module_& module);
 void bind_draft(nb::module_& module);
+void bind_fused(nb::module_& module);

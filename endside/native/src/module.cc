@@ -33,4 +33,5 @@ NB_MODULE(_core, module) {
   bind_linear(module);
   bind_model(module);
   bind_draft(module);
+  bind_fused(module);
 }

@@ -14,16 +14,19 @@ No second derivative, and the gradients exist from the forward pass on: (V, C) o
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from endside.ops.cross_entropy.reference import IGNORE
+from endside.ops.passes import DTYPES, able, address, narrow, run
 
 LARGE = 1 << 28  # both of the following on a GPU, which wants few large kernels
 PIECE = 1 << 21  # logits that softmax handles at once: 8 MiB in fp32, some of which stays in cache
 HELD = 1 << 25  # gradients of logits held at once
+_BUFFER = threading.local()
 
 
 def head_loss(
@@ -35,7 +38,8 @@ def head_loss(
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return _HeadLoss.apply(flat, weight, targets.reshape(-1), divisor, dtype)
+    in_core = able(hidden, weight) and dtype in DTYPES
+    return _HeadLoss.apply(flat, weight, targets.reshape(-1), divisor, dtype, in_core)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -44,9 +48,10 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-        divisor: float, dtype: torch.dtype,
+        divisor: float, dtype: torch.dtype, in_core: bool,
     ) -> torch.Tensor:  # fmt: skip
-        states, matrix = (hidden / divisor).to(dtype), weight.to(dtype)
+        scaled = hidden if divisor == 1 else hidden / divisor
+        states, matrix = scaled.to(dtype), weight.to(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         counted = targets != IGNORE
         wanted = any(ctx.needs_input_grad[:2])
@@ -57,7 +62,8 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(states), rows):
                 part = slice(start, start + rows)
-                losses, gradient = _logits(states[part], matrix, targets[part], wanted=wanted)
+                logits = _in_core if in_core else _in_torch
+                losses, gradient = logits(states[part], matrix, targets[part], wanted=wanted)
                 total += losses.sum()
                 if wanted:
                     torch.mm(gradient, matrix, out=to_states[part])
@@ -76,14 +82,38 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         to_states, to_matrix, count = ctx.saved_tensors
         scale = upstream / count
-        to_hidden = to_states.to(ctx.like) * (scale / ctx.divisor).to(ctx.like)
+        to_hidden = to_states.to(ctx.like)
         # on a CPU asking for the value waits for nothing
+        if scale.device.type != "cpu" or scale.item() != ctx.divisor:
+            to_hidden = to_hidden * (scale / ctx.divisor).to(ctx.like)
         if scale.device.type != "cpu" or scale.item() != 1:
             to_matrix = to_matrix * scale.to(to_matrix.dtype)
-        return to_hidden, to_matrix, None, None, None
+        return to_hidden, to_matrix, None, None, None, None
 
 
-def _logits(
+def _in_core(
+    states: torch.Tensor, matrix: torch.Tensor, targets: torch.Tensor, *, wanted: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As below; the logits become the gradients in place, in one buffer kept for the next call."""
+    logits = _kept(len(states) * len(matrix), states.dtype).view(len(states), len(matrix))
+    torch.mm(states, matrix.t(), out=logits)
+    losses, targets = torch.empty(len(states)), targets.contiguous()
+    if int(targets.max()) >= len(matrix):
+        raise IndexError(f"target {int(targets.max())} is outside of {len(matrix)} logits")
+    places = (address(logits), address(targets), address(losses))
+    run("head_rows", *places, *logits.shape, wanted, narrow(logits))
+    return losses, logits
+
+
+def _kept(numbers: int, dtype: torch.dtype) -> torch.Tensor:
+    """The buffer, at least as large: the system clears fresh pages, which here is half a pass."""
+    held = getattr(_BUFFER, "held", None)
+    if held is None or held.dtype != dtype or held.numel() < numbers:
+        held = _BUFFER.held = torch.empty(numbers, dtype=dtype)
+    return held[:numbers]
+
+
+def _in_torch(
     states: torch.Tensor, matrix: torch.Tensor, targets: torch.Tensor, *, wanted: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """states (n, C), matrix (V, C) -> losses (n), d loss / d logits (n, V), zero where ignored."""

@@ -1,0 +1,67 @@
+#include "fused.h"
+
+#include <atomic>
+#include <stdexcept>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
+namespace endside {
+
+const FusedKernels& fused_kernels(Isa isa) {
+  switch (isa) {
+    case Isa::portable: return fused_portable();
+#if defined(ENDSIDE_X86)
+    case Isa::avx2: return fused_avx2();
+    case Isa::avx512:
+    case Isa::amx: return fused_avx512();
+#elif defined(ENDSIDE_NEON)
+    case Isa::neon:
+    case Isa::neon_i8mm: return fused_neon();
+#endif
+    default: throw std::invalid_argument("fused was not built for this instruction set");
+  }
+}
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+static Parallel parallel() {
+#if defined(__linux__)
+  // not linked to: the library must be the one that others in this process use already
+  static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+#else
+  return nullptr;
+#endif
+}
+
+bool fused_team() { return parallel() != nullptr; }
+
+namespace {
+struct Work {
+  std::atomic<int64_t> next{0};
+  int64_t units;
+  void (*fn)(const void*, int64_t);
+  const void* data;
+};
+
+void take(void* argument) {
+  Work& work = *static_cast<Work*>(argument);
+  for (int64_t unit = work.next++; unit < work.units; unit = work.next++) work.fn(work.data, unit);
+}
+}  // namespace
+
+void run_fused(int64_t units, int threads, void (*fn)(const void*, int64_t), const void* data) {
+  Work work;
+  work.units = units;
+  work.fn = fn;
+  work.data = data;
+  if (threads > 1 && units > 1 && fused_team()) {
+    parallel()(take, &work, static_cast<unsigned>(threads), 0);
+  } else {
+    take(&work);
+  }
+}
+
+}  // namespace endside
