@@ -50,7 +50,7 @@ native-avx512:
 
 bench: core
 	@set -e; for script in bench/*.py; do \
-	  case $$script in bench/gpu_*|bench/peer_*) continue;; esac; \
+	  case $$script in bench/gpu_*|bench/peer_*|bench/replay.py) continue;; esac; \
 	  echo "== $$script"; .venv/bin/python $$script $(ARGS); done
 
 lint: setup-lint

@@ -33,30 +33,25 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from replay import NODES, Clock, Replayed, ReplayedHead, ReplayedHeads, Trace
 
 from endside.checkpoint import Checkpoint
 from endside.data.pack import open_packed
-from endside.engine.choice import Chosen
-from endside.engine.draft import Drafts, Tree
+from endside.engine.draft import Drafts
 from endside.engine.drafts import running
-from endside.engine.drafts.eagle import HeadDrafter, Heads
-from endside.engine.drafts.expand import Guesses
-from endside.engine.drafts.head import Rows, Window
+from endside.engine.drafts.eagle import Heads
 from endside.engine.drafts.lookup import Lookup
-from endside.engine.drafts.native_head import NativeHead
 from endside.engine.engine import Engine
 from endside.engine.executor import Executor
 from endside.engine.executors import Plan, create
 from endside.engine.executors.native import random_executor
 from endside.engine.request import Handle, Request, SamplingConfig
 from endside.engine.sampler import generator, sample
-from endside.engine.scheduler import Sequence
 from endside.engine.treesize import AutoSize, measure
 from endside.formats import draft_head
 from endside.formats.draft_head import LAYER, DraftHead
@@ -67,7 +62,7 @@ from endside.tokenizer import Tokenizer
 HERE = Path(__file__).resolve().parent
 TRACE = HERE / "results" / "speculate_trace.npz"
 TEXTS, ANSWER, PROMPT = 12, 128, 64  # texts recorded, their tokens, and those given
-NODES, DEPTH = 31, 6
+DEPTH = 6
 SHARE = 0.25  # of the vocabulary in the cut head
 KINDS = ("full", "frspec")
 TEMPERATURES = (0.0, 0.7)
@@ -78,115 +73,6 @@ EDITS = {
     "endside/engine/drafts/lookup.py": {"LookupDrafter": "Finder", "_agreement": "_common"},
     "endside/errors.py": {"UserError": "InputError"},
 }
-
-
-class Replayed(Engine):
-    """An engine whose model says what a script says. Choosing costs what it always costs.
-
-    script(sequence, tree) -> the tokens of a pass: those of the path taken, and the one after it.
-    """
-
-    script: Callable[[Sequence, Tree | None], list[int]]
-
-    def _walk(
-        self,
-        sequence: Sequence,
-        logits: np.ndarray,
-        tree: Tree | None = None,
-        path: list[int] | None = None,
-    ) -> list[Chosen]:
-        choice, said = sequence.choice, iter(self.script(sequence, tree))
-
-        def choose(row: np.ndarray) -> int:
-            type(choice)._choose(choice, row)
-            return next(said)
-
-        choice._choose = choose  # type: ignore[method-assign]
-        return super()._walk(sequence, logits, tree, path)
-
-
-class Trace:
-    """Of one kind and temperature: parents (texts, tokens, NODES), paths (texts, tokens, DEPTH)."""
-
-    def __init__(self, parents: np.ndarray, paths: np.ndarray) -> None:
-        self.parents, self.paths = parents, paths
-
-    def accepted(self, nodes: int) -> float:
-        """Tokens a pass with trees of so many nodes."""
-        passes = tokens = 0
-        for text in self.paths:
-            at = 0
-            while at < len(text):
-                step = 1 + int(np.cumprod((text[at] >= 0) & (text[at] < nodes)).sum())
-                at, passes, tokens = at + step, passes + 1, tokens + step
-        return tokens / passes
-
-
-class ReplayedHeads(Heads):
-    """A head that computes everything and then guesses what the trace says."""
-
-    def __init__(self, head: ReplayedHead, trace: Trace) -> None:
-        super().__init__(head)
-        self.trace, self.text = trace, 0  # the text that is replayed next
-
-    def start(self, request: Request) -> HeadDrafter:
-        drafter, head, trace = super().start(request), self.head, self.trace
-        text, prompt, propose = self.text, len(request.tokens), HeadDrafter.propose
-
-        def replayed(history: np.ndarray, rows: int) -> Tree:
-            assert isinstance(head, ReplayedHead)
-            head.parents = trace.parents[text, len(history) - prompt - 1]
-            return propose(drafter, history, min(rows, NODES))
-
-        drafter.propose = replayed  # type: ignore[method-assign]
-        return drafter
-
-    def script(self, sequence: Sequence, tree: Tree | None) -> list[int]:
-        """The nodes that the trace's path has in this tree, and a token that no node has."""
-        at = len(sequence.handle.token_ids)
-        fresh = 1000 + at
-        if tree is None or not len(tree):
-            return [fresh]
-        held = set(tree.tokens.tolist())
-        own = self.trace.paths[self.text, at - 1]
-        path: list[int] = []
-        for token in self.head.names(own[own >= 0]).tolist():
-            if token not in held:
-                break
-            path.append(token)
-        assert fresh not in held, "the token after the path is a node"
-        return [*path, fresh]
-
-
-class ReplayedHead(NativeHead):
-    """Node number n of the traced tree is token n of the head's own vocabulary."""
-
-    parents = np.full(NODES, -1)
-    asked: np.ndarray | None = None
-    rows = 0  # that were guessed from
-
-    def hidden(self, features: np.ndarray) -> np.ndarray:
-        self.asked = None  # what comes next is the text's last pair
-        return super().hidden(features)
-
-    def names(self, own: np.ndarray) -> np.ndarray:
-        self.asked = own
-        return super().names(own)
-
-    def run(
-        self, rows: Rows, window: Window, *, guesses: int = 0, width: int = 1
-    ) -> tuple[np.ndarray, Guesses]:
-        states, found = super().run(rows, window, guesses=guesses, width=width)
-        self.rows += guesses
-        # Any numbers that fall along the ranking give the same tree; the rest is below all of it.
-        found.tokens[:] = np.arange(100, 100 + found.tokens.shape[1])
-        found.chances[:] = -1000.0 - np.arange(found.tokens.shape[1])
-        nodes = [-1] if self.asked is None else self.asked.tolist()
-        for row, node in enumerate(nodes):
-            children = np.flatnonzero(self.parents == node) if node < NODES else np.empty(0, int)
-            found.tokens[row, : len(children)] = children
-            found.chances[row, : len(children)] = (node - children) * 0.01
-        return states, found
 
 
 def head_of(kind: str, base: ModelConfig, executor: Any) -> ReplayedHead:
@@ -273,6 +159,11 @@ def trained(executor: Any, costs: dict[int, float], temperature: float, rounds: 
             "head_s_per_row": (spent["out"] + spent["choose"]) / head.rows,
             "accepted": {nodes: traces[kind].accepted(nodes) for nodes in (2, 3, 7, 15, 31)},
         }
+    for kind, engine in engines.items():
+        head = heads[kind].head if kind in heads else None
+        clock = Clock(engine, head)
+        handle, _ = answer(engine, prompt, ANSWER)
+        row.setdefault("ms_per_pass", {})[kind] = clock.stop(handle.runs)
     saved = 1 - row["frspec"]["head_s_per_row"] / row["full"]["head_s_per_row"]
     return {**row, "head_cost_saved": saved}
 
@@ -472,6 +363,16 @@ def weights(quant: str, rounds: int, threads: int | None) -> dict[str, Any]:
     return report | {"limits": {name: [ratios[name], limit] for name, limit in LIMITS.items()}}
 
 
+def passes_of(spent: dict[str, dict[str, float]]) -> list[str]:
+    """Where the milliseconds of a pass go, by kind."""
+    parts = list(dict.fromkeys(part for one in spent.values() for part in one))
+    lines = []
+    for kind, one in spent.items():
+        shown = ", ".join(f"{part} {one[part]:.2f}" for part in parts if part in one)
+        lines.append(f"  ms a pass, {kind}: {sum(one.values()):.2f} = {shown}")
+    return lines
+
+
 def table_of(quant: str, report: dict[str, Any]) -> str:
     """One kind of weights as people read it."""
     show = lambda one: f"{one['median']:.2f} ({one['min']:.2f} to {one['max']:.2f})"
@@ -491,6 +392,7 @@ def table_of(quant: str, report: dict[str, Any]) -> str:
             )
         before, after = (row[kind]["accepted"] for kind in KINDS)
         lost = ", ".join(f"{n} nodes {before[n]:.2f} -> {after[n]:.2f}" for n in before)
+        lines += passes_of(row["ms_per_pass"])
         lines.append(f"  FR-Spec: head cost -{row['head_cost_saved']:.0%}; tokens a pass at {lost}")
     edit = report["prompt lookup"]
     lines.append(

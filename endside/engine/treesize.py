@@ -6,14 +6,15 @@ late. The size with the most tokens per second wins, and none at all where that 
 on few cores verifies 4 rows at nearly the price of one and 16 at several times that, so small trees
 are best there (SpecMQuant's finding), while a GPU takes 60.
 
-    tokens per second (n) = (1 + p(0) + … + p(n - 1)) / (c(rows) + n g)      g: guessing a node
+    tokens per second (n) = (1 + p(0) + … + p(n - 1)) / (c(rows) + g(n))     g: guessing n nodes
     rows                  = 1 + n + (1 + n) q          q: questions behind each node (drafts/bita)
     without a tree        = running / c(running)                     the others share the pass
 
-Sizes not in use are not measured, so now and then (`PROBE`) a larger tree is tried; more and more
-rarely (`RARELY`) where none pays, and again at once when the try kept two tokens, or could only ask
-questions and has its guesses next. Costs depend on machine, threads and model and lie in the user's
-cache folder, one small file each.
+g is measured as it happens: a head guesses level by level, so 8 nodes may take hardly longer than
+4, and between the sizes met lie straight lines. Sizes not in use are not measured, so now and then
+(`PROBE`) a larger tree is tried; more and more rarely (`RARELY`) where none pays, and again at once
+when the try kept two tokens, or could only ask questions and has its guesses next. Costs depend on
+machine, threads and model and lie in the user's cache folder, one small file each.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ BUDGET = 2.0  # seconds of timing at most
 DEAR = 8.0  # times the price of one row: no tree brings that many tokens
 CONTEXT = 32  # tokens before the timed rows
 MEMORY = 0.97  # of what is known about a node's luck, after each tree
-RECENT = 8  # guesses whose time is remembered
+RECENT = 8  # guesses of one size whose time is remembered
 PROBE = 32  # passes between tries of a larger tree
 RARELY = 8 * PROBE  # the same where trees have not paid for long
 VERSION = 1
@@ -118,8 +119,8 @@ class AutoSize:
         self._cost = np.interp(np.arange(MAX_ROWS + 1), known, [costs[one] for one in known])
         # Before anything is known, a chain whose tokens are right two times in three.
         self._luck = (2 / 3) ** np.arange(1, MAX_ROWS)
-        self._times: deque[float] = deque(maxlen=RECENT)
-        self._guess = 0.0  # seconds a node takes to be guessed
+        self._times: dict[int, deque[float]] = {}  # seconds of guesses by their nodes
+        self._guessing = np.zeros(self.largest)  # seconds to guess 1, 2, … nodes
         self._pause = self._until = PROBE  # passes between tries, and until the next one
         self._off = self._asked = False
 
@@ -143,8 +144,7 @@ class AutoSize:
         shared = min(running, MAX_ROWS)
         plain = shared / self._cost[shared]
         tokens = 1 + np.cumsum(self._luck[: self.largest])
-        guessing = self._guess * np.arange(1, self.largest + 1)
-        speed = tokens / (self._cost[self._rows] + guessing)
+        speed = tokens / (self._cost[self._rows] + self._guessing)
         at = int(speed.argmax())
         return at + 1 if speed[at] > plain else 0
 
@@ -153,9 +153,7 @@ class AutoSize:
         if not len(tree):
             self._asked = True
             return
-        # The least of some: a guess may have to catch up with a prompt, or with passes without one.
-        self._times.append(seconds / len(tree))
-        self._guess = min(self._times) if len(self._times) > 1 else 0.0
+        self._time(len(tree), seconds)
         kept = np.zeros(len(tree))
         kept[path] = 1.0
         luck = self._luck[: len(tree)]
@@ -163,6 +161,20 @@ class AutoSize:
         luck += (1 - MEMORY) * kept
         if self._off and len(path) > 1:
             self._until, self._pause = 1, PROBE
+
+    def _time(self, nodes: int, seconds: float) -> None:
+        first = not self._times
+        self._times.setdefault(nodes, deque(maxlen=RECENT)).append(seconds)
+        if first:
+            return
+        # The least of some: a guess may have to catch up with a prompt, or with passes without one.
+        sizes = sorted(self._times)
+        least = np.array([min(self._times[size]) for size in sizes])
+        # A larger tree takes no less time, whatever was measured.
+        least = np.minimum.accumulate(least[::-1])[::-1]
+        wanted = np.arange(1, self.largest + 1)
+        between = np.interp(wanted, [0, *sizes], [0.0, *least])
+        self._guessing = np.where(wanted > sizes[-1], least[-1] / sizes[-1] * wanted, between)
 
 
 class LazySize:

@@ -94,6 +94,21 @@ def test_one_guess_that_took_long_is_no_rule() -> None:
         assert size.best(1) > 2
 
 
+def test_levels_are_paid_for_and_not_nodes() -> None:
+    """A head guesses 8 nodes in hardly more time than 4: what was met decides, not a price each."""
+    costs = {1: 1.0, 64: 2.0}
+    by_level, by_node = AutoSize(costs), AutoSize(costs)
+    for size, seconds in [(4, 0.5), (8, 0.6), (16, 0.7), (16, 9.0)] * 40:
+        # the first four nodes are always kept, the others in one tree of four
+        kept = list(range(4 if seconds < 9 else size))
+        by_level.record(chain(size), kept, seconds)
+        by_node.record(chain(size), kept, size / 8)
+    assert by_level._guessing[3::4][:4].tolist() == pytest.approx([0.5, 0.6, 0.65, 0.7])
+    assert by_level._guessing[1] == pytest.approx(0.25), "half of four"
+    assert by_level._guessing[31] == pytest.approx(1.4), "twice sixteen"
+    assert by_level.best(1) == 16 and by_node.best(1) == 4
+
+
 def test_better_luck_is_noticed() -> None:
     size = taught(CHEAP, 0.0)
     for _ in range(50 * PROBE):
