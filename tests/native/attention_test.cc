@@ -183,17 +183,20 @@ TEST_EACH_ISA(attention_sharing_dense) {
   check_sharing(s, isa);
 }
 
+// Widths of whole tiles too: there bf16 cells lie in another order where tiles multiply.
 TEST_EACH_ISA(attention_sharing_sparse) {
-  Sequence s(CacheType::bf16, 2, 6, 40, 2100);
-  s.sparse();
-  check_sharing(s, isa);
+  for (int64_t head_dim : {40, 64}) {
+    Sequence s(CacheType::bf16, 2, 6, head_dim, 2100);
+    s.sparse();
+    check_sharing(s, isa);
+  }
 }
 
 // Blocks are chosen: another set chooses the same ones, and most keys stay unseen.
 TEST_EACH_ISA(attention_sparse) {
   for (CacheType type : {CacheType::f16, CacheType::bf16, CacheType::int8}) {
     for (bool selection_41 : {true, false}) {
-      Sequence s(type, 2, 6, 40, 2100);
+      Sequence s(type, 2, 6, type == CacheType::bf16 ? 64 : 40, 2100);
       s.sparse();
       s.attention.sparse.selection_41 = selection_41;
       s.attention.sparse.coarse_lse = selection_41;
@@ -237,10 +240,11 @@ static void check_tree(Sequence& s, Isa isa) {
 }
 
 TEST_EACH_ISA(attention_tree) {
-  for (CacheType type : {CacheType::f16, CacheType::int8}) {
-    Sequence dense(type, 2, 6, 40, 1030);
+  for (const auto& [type, head_dim] : {std::pair<CacheType, int64_t>{CacheType::f16, 40},
+                                       {CacheType::int8, 40}, {CacheType::bf16, 32}}) {
+    Sequence dense(type, 2, 6, head_dim, 1030);
     check_tree(dense, isa);
-    Sequence sparse(type, 2, 6, 40, 1155);  // windows end inside the tree
+    Sequence sparse(type, 2, 6, head_dim, 1155);  // windows end inside the tree
     sparse.sparse();
     check_tree(sparse, isa);
   }

@@ -224,7 +224,11 @@ class NativeExecutor:
         """A digest of all that the keys of a sequence depend on."""
         if self._identity is None:
             self._identity = identity(
-                self.config, self.pack, self._embed, self.context, self._cache
+                self.config,
+                self.pack,
+                self._embed,
+                self.context,
+                f"{self._cache} in {self.model.cell_order}",
             )
         return self._identity
 

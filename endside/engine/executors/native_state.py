@@ -4,8 +4,9 @@
     export      the chunks of a sequence, byte for byte as the core reads them
     trace       the residual stream that the core hands out; norm of the last one added here
 
-A chunk is a number of whole bytes in one fixed layout (native/src/cache.h), the compressed keys in
-it, so writing and reading one is a copy, and what comes back has the same bits.
+A chunk is a number of whole bytes in the layout that the instruction set wants
+(native/src/cache.h), the compressed keys in it, so writing and reading one is a copy, and what
+comes back has the same bits.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from endside.ops.rope.frequencies import inverse_frequencies
 if TYPE_CHECKING:
     from endside.model.config import ModelConfig
 
-LAYOUT = 1  # of a chunk's bytes
+LAYOUT = 2  # of a chunk's bytes
 SAMPLE = 4096  # bytes at the start of every buffer, in order; the rest counts by its sum
 
 
 def identity(config: ModelConfig, pack: Pack, embed: np.ndarray, context: int, cache: str) -> str:
-    """A digest of weights, shape, positions and the cache's number format."""
+    """A digest of weights, shape, positions and the cache's number format and order."""
     # which of two lists of frequencies is used depends on the context a model is built for
     frequencies, amplitude = inverse_frequencies(
         config.rope, config.head_dim, context, config.max_position_embeddings

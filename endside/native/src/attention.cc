@@ -202,7 +202,7 @@ void attend(Team& team, const Cache& cache, int64_t layer, const AttentionShape&
   Rooms rooms;
   OwnRoom own;
   cut_rooms(static_cast<uint8_t*>(scratch), sizes, team.rank(), &rooms, &own);
-  const Step step = {cache,      CacheLayout(cache.shape),
+  const Step step = {cache,      CacheLayout(cache.shape, isa),
                      layer,      shape,
                      sizes.heads, &attention_kernels(isa),
                      rooms.row,  rooms.q,
@@ -213,11 +213,13 @@ void attend(Team& team, const Cache& cache, int64_t layer, const AttentionShape&
   // fall evenly on the threads is as well balanced, and meets at fewer barriers.
   const bool enough = *rooms.tile_count * sizes.kv_heads >= 2 * team.size() ||
                       (*rooms.tile_count == 1 && sizes.kv_heads % team.size() == 0);
+  step.kernels->enter(sizes.heads);
   if (team.size() == 1 || enough) {
     work.many();
   } else {
     work.few();
   }
+  step.kernels->leave();
 }
 
 }  // namespace endside

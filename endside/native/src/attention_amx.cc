@@ -93,6 +93,26 @@ inline void prefetch(const float* floats, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(floats + i);
 }
 
+// What lies as tiles asks for what is multiplied next: keys for this block's values, those for the
+// next block's keys.
+Right keys_of(const HeadShape& shape, const Block& block, uint8_t* room) {
+  if (block.order == Order::tiles) {
+    return as_it_lies(block.keys, block.values, shape.width, BLOCK);
+  }
+  return pack(block.cell, block.stored, block.keys, block.next_keys, BLOCK, shape.width,
+              shape.width, BLOCK, room);
+}
+
+// Values as a query sees them that sees so many keys: what it does not see may be no number.
+Right values_of(const HeadShape& shape, const Block& block, int64_t keys, uint8_t* room) {
+  if (block.order == Order::rows) {
+    return pack(block.cell, block.stored, block.values, block.next_values, shape.width, BLOCK,
+                keys, shape.stride, room);
+  }
+  if (keys < BLOCK) return first_rows(block.values, BLOCK, keys, shape.width, room);
+  return as_it_lies(block.values, block.next_keys, BLOCK, shape.width);
+}
+
 void attend_block(const HeadShape& shape, const Block& block, const Query* queries,
                   int64_t count) {
   alignas(64) uint8_t planes[PLANES * BLOCK * MAX_HEAD_DIM * 2];
@@ -101,54 +121,60 @@ void attend_block(const HeadShape& shape, const Block& block, const Query* queri
   alignas(64) uint16_t weights[MAX_ROWS * BLOCK];
   alignas(64) float factor[MAX_HEADS];
   const TileRows rows(shape.heads);
-  shape_tiles(rows.rows);
-  const Right keys = pack(block.cell, block.stored, block.keys, block.next_keys, BLOCK,
-                          shape.width, shape.width, BLOCK, planes);
+  Right keys = keys_of(shape, block, planes);
   // a lone query needs its keys no more when it comes to the values: less of the first-level cache
   uint8_t* const value_planes = planes + (count > 1 ? keys.terms * keys.plane_bytes() : 0);
-  int64_t packed = 0;  // values, as this many keys are seen
+  int64_t ready = 0;  // values, as this many keys are seen
   Right values = {};
   for (int64_t i = 0; i < count; ++i) {
     const Query& query = queries[i];
     tile_multiply(rows, query.q, keys, s, BLOCK);
+    keys.ahead = nullptr;  // once is enough
     if (i + 1 < count) {
       prefetch(queries[i + 1].q, shape.query_floats());
       prefetch(queries[i + 1].state.sum, shape.heads * shape.stride);
     }
     weigh(shape, block, query, s, weights, factor);
-    if (query.keys != packed) {  // what a row does not see may be no number
-      values = pack(block.cell, block.stored, block.values, block.next_values, shape.width,
-                    BLOCK, query.keys, shape.stride, value_planes);
-      packed = query.keys;
+    if (query.keys != ready) {
+      values = values_of(shape, block, query.keys, value_planes);
+      ready = query.keys;
     }
     tile_multiply(rows, weights, values, products, shape.stride);
+    values.ahead = nullptr;
     add_values(shape, query, products, factor);
   }
-  free_tiles();
 }
 
 // Scores of views by tiles: s (2 I, slots) by terms, then added.
 class SlotScores {
  public:
   SlotScores(const HeadShape& shape, const Slots& slots)
-      : shape_(shape), slots_(slots), rows_(shape.heads) {
-    shape_tiles(rows_.rows);
-  }
+      : shape_(shape), slots_(slots), rows_(shape.heads) {}
 
   const float* of(const View& view) {
-    if (!packed_) {
-      right_ = pack(slots_.cell, slots_.cell, slots_.data, slots_.next, slots_.slots,
-                    shape_.width, shape_.width, slots_.slots, planes_);
-    }
-    packed_ = view.extra_count == 0;
+    const bool own = view.extra_count > 0;
+    if (!ready_ || (own && right_.planes != planes_)) lay_out(own);
+    ready_ = !own;
     for (int64_t i = 0; i < view.extra_count; ++i) replace(view.extras[i]);
     tile_multiply(rows_, view.q, right_, s_, slots_.slots);
+    right_.ahead = nullptr;
     const int64_t count = shape_.heads * slots_.slots;
     for (int64_t i = 0; i < count; i += LANES) store(s_ + i, add(load(s_ + i), load(s_ + count + i)));
     return s_;
   }
 
  private:
+  // own: some summaries are going to be replaced
+  void lay_out(bool own) {
+    if (slots_.order == Order::rows) {
+      right_ = pack(slots_.cell, slots_.cell, slots_.data, slots_.next, slots_.slots,
+                    shape_.width, shape_.width, slots_.slots, planes_);
+    } else if (own) {
+      right_ = first_rows(slots_.data, shape_.width, shape_.width, slots_.slots, planes_);
+    } else {
+      right_ = as_it_lies(slots_.data, slots_.next, shape_.width, slots_.slots);
+    }
+  }
   void replace(const Extra& extra) {
     for (int64_t d = 0; d < shape_.width; ++d) {
       const int64_t tile = d / TILE_DEPTH * right_.columns + extra.slot / TILE_COLUMNS;
@@ -171,7 +197,7 @@ class SlotScores {
   const HeadShape& shape_;
   const Slots& slots_;
   TileRows rows_;
-  bool packed_ = false;
+  bool ready_ = false;
   Right right_ = {};
   alignas(64) uint8_t planes_[2 * FINE_SLOTS * MAX_HEAD_DIM * 2];
   alignas(64) float s_[MAX_ROWS * FINE_SLOTS];
@@ -183,17 +209,23 @@ void normalise(const HeadShape& shape, const Slots& slots, const View* views, in
     if (views[i].begin >= views[i].end) continue;
     add_slots(shape.heads, slots.slots, views[i], scores.of(views[i]));
   }
-  free_tiles();
 }
 
 void score(const HeadShape& shape, const Slots& slots, const View* views, int64_t count) {
   SlotScores scores(shape, slots);
   for (int64_t i = 0; i < count; ++i) sum_heads(shape.heads, views[i], scores.of(views[i]));
-  free_tiles();
 }
 
-constexpr AttentionKernels KERNELS = {prepare_query, attend_block, merge, finish,    normalise,
-                                      merge_totals,  score,        count_all, widen_all,
+// bf16 cells are a product's right side as they are, where they fill whole tiles.
+Order order(Cell cell, int64_t width) {
+  return cell == Cell::bf16 && width % TILE_DEPTH == 0 ? Order::tiles : Order::rows;
+}
+
+void enter(const HeadShape& shape) { shape_tiles(TileRows(shape.heads).rows); }
+
+constexpr AttentionKernels KERNELS = {order,        enter,     free_tiles, prepare_query,
+                                      attend_block, merge,     finish,     normalise,
+                                      merge_totals, score,     count_all,  widen_all,
                                       narrow_all};
 
 }  // namespace

@@ -136,7 +136,8 @@ void score(const HeadShape& shape, const Slots& slots, const View* views, int64_
   }
 }
 
-constexpr AttentionKernels KERNELS = {prepare_query, attend_block, merge,     finish,
+constexpr AttentionKernels KERNELS = {in_rows,       no_entry,     no_exit,
+                                      prepare_query, attend_block, merge,     finish,
                                       normalise,     merge_totals, score,     count_all,
                                       widen_all,     narrow_all};
 

@@ -32,6 +32,11 @@ inline void add_totals(int64_t heads, float* peak, float* total, const float* pa
   }
 }
 
+// What a set needs that reads cells row after row and has nothing to set up.
+inline Order in_rows(Cell, int64_t) { return Order::rows; }
+inline void no_entry(const HeadShape&) {}
+inline void no_exit() {}
+
 void merge_totals(int64_t heads, float* peak, float* total, const float* part_peak,
                   const float* part_total) {
   float own[MAX_HEADS], other[MAX_HEADS];

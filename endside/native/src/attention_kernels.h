@@ -32,6 +32,7 @@ struct Softmax {
 struct Block {
   Cell cell;
   Cell stored;  // what the numbers were rounded to, also where the cell is f32
+  Order order;
   const void* keys;    // [D][64]
   const void* values;  // [64][D]
   const float* key_scales;
@@ -55,6 +56,7 @@ struct Extra {
 // The slots of one chunk.
 struct Slots {
   Cell cell;
+  Order order;
   const void* data;  // [D][slots]
   const void* next;  // read soon after, or null
   int64_t slots;     // 16 or 64
@@ -72,6 +74,11 @@ struct View {
 };
 
 struct AttentionKernels {
+  // How the cells of a cache have to lie for the functions below.
+  Order (*order)(Cell cell, int64_t width);
+  // Before the first and after the last of a thread's calls of what follows, for one shape.
+  void (*enter)(const HeadShape&);
+  void (*leave)();
   // q (I, D) times factor -> what the functions below take as a query.
   void (*prepare_query)(const HeadShape&, const float* q, float factor, float* prepared);
   // One more block for each of `count` queries.

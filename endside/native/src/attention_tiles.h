@@ -13,8 +13,9 @@
 // row has the same bits beside any neighbours, as everywhere in the core. Numbers below 2^-126 count
 // as zero.
 //
-// The right side is repacked: pairs of rows side by side, in tiles of 16 pairs by 16 columns. That
-// costs about what one query's products do, and many queries share it.
+// The right side has pairs of rows side by side, in tiles of 16 pairs by 16 columns. A bf16 cache
+// lies so (Order::tiles) and is multiplied where it lies, for a lone query as fast as memory gives
+// it; other cells are repacked, which costs about what one query's products do and is shared by many.
 #pragma once
 
 #include <immintrin.h>
@@ -56,16 +57,25 @@ inline void shape_tiles(int64_t rows) {
 }
 inline void free_tiles() { _tile_release(); }
 
-// Right side of a product: `terms` planes of (depth / 32) x (columns / 16) tiles.
+// Right side of a product: `terms` planes of (depth / 32) x (columns / 16) tiles. `ahead`, as large
+// as a plane, will be read soon and is asked for on the way; null for none.
 struct Right {
   const uint8_t* planes;
   int terms;
   int64_t steps, columns;  // in tiles
+  const uint8_t* ahead = nullptr;
   int64_t plane_bytes() const { return steps * columns * TILE_BYTES; }
 };
 
+// A tile of what is read after the next softmax. Loading a tile waits for its lines, and nothing
+// runs meanwhile, so they are asked into the first-level cache.
+inline void ask_for_tile(const uint8_t* tile) {
+#pragma GCC unroll 16
+  for (int64_t line = 0; line < TILE_BYTES; line += 64) __builtin_prefetch(tile + line, 0, 3);
+}
+
 // N tiles of columns, from `column` on, of one tile of rows.
-template <int N, int TERMS>
+template <int N, int TERMS, bool AHEAD>
 inline void tile_strip(const uint8_t* a, int64_t a_bytes, const Right& right, int64_t column,
                        float* c, int64_t c_bytes) {
   const int64_t plane = right.plane_bytes();
@@ -74,12 +84,14 @@ inline void tile_strip(const uint8_t* a, int64_t a_bytes, const Right& right, in
   if constexpr (N > 2) _tile_zero(2);
   if constexpr (N > 3) _tile_zero(3);
   const uint8_t* b = right.planes + column * TILE_BYTES;
+  const uint8_t* ahead = right.ahead + column * TILE_BYTES;
   for (int64_t k = 0; k < right.steps; ++k, b += right.columns * TILE_BYTES) {
     _tile_loadd(4, a + k * a_bytes, 64);
 // registers are part of an instruction, so their numbers must be literal
 #define ENDSIDE_ADD(n)                                    \
   if constexpr (N > n) {                                  \
     _tile_loadd(5, b + n * TILE_BYTES, 64);               \
+    if constexpr (AHEAD) ask_for_tile(ahead + n * TILE_BYTES); \
     _tile_dpbf16ps(n, 4, 5);                              \
     if constexpr (TERMS > 1) {                            \
       _tile_loadd(6, b + plane + n * TILE_BYTES, 64);     \
@@ -91,6 +103,7 @@ inline void tile_strip(const uint8_t* a, int64_t a_bytes, const Right& right, in
     ENDSIDE_ADD(2)
     ENDSIDE_ADD(3)
 #undef ENDSIDE_ADD
+    ahead += right.columns * TILE_BYTES;
   }
   float* to = c + column * TILE_COLUMNS;
   _tile_stored(0, to, c_bytes);
@@ -99,17 +112,17 @@ inline void tile_strip(const uint8_t* a, int64_t a_bytes, const Right& right, in
   if constexpr (N > 3) _tile_stored(3, to + 3 * TILE_COLUMNS, c_bytes);
 }
 
-template <int TERMS>
+template <int TERMS, bool AHEAD = false>
 inline void tile_multiply_terms(const TileRows& left, const uint8_t* a, const Right& right,
                                 float* c, int64_t c_stride) {
   const int64_t a_bytes = left.rows * 64, c_bytes = c_stride * static_cast<int64_t>(sizeof(float));
   for (int64_t t = 0; t < left.tiles; ++t) {
     for (int64_t column = 0; column < right.columns; column += 4) {
       const int64_t count = right.columns - column;
-      if (count >= 4) tile_strip<4, TERMS>(a, a_bytes, right, column, c, c_bytes);
-      if (count == 3) tile_strip<3, TERMS>(a, a_bytes, right, column, c, c_bytes);
-      if (count == 2) tile_strip<2, TERMS>(a, a_bytes, right, column, c, c_bytes);
-      if (count == 1) tile_strip<1, TERMS>(a, a_bytes, right, column, c, c_bytes);
+      if (count >= 4) tile_strip<4, TERMS, AHEAD>(a, a_bytes, right, column, c, c_bytes);
+      if (count == 3) tile_strip<3, TERMS, AHEAD>(a, a_bytes, right, column, c, c_bytes);
+      if (count == 2) tile_strip<2, TERMS, AHEAD>(a, a_bytes, right, column, c, c_bytes);
+      if (count == 1) tile_strip<1, TERMS, AHEAD>(a, a_bytes, right, column, c, c_bytes);
     }
     a += right.steps * a_bytes;
     c += left.rows * c_stride;
@@ -122,7 +135,8 @@ inline void tile_multiply(const TileRows& left, const void* a, const Right& righ
                           int64_t c_stride) {
   memory_is_used();
   const uint8_t* rows = static_cast<const uint8_t*>(a);
-  if (right.terms == 1) tile_multiply_terms<1>(left, rows, right, c, c_stride);
+  if (right.terms == 1 && right.ahead) tile_multiply_terms<1, true>(left, rows, right, c, c_stride);
+  if (right.terms == 1 && !right.ahead) tile_multiply_terms<1>(left, rows, right, c, c_stride);
   if (right.terms == 2) tile_multiply_terms<2>(left, rows, right, c, c_stride);
   memory_is_used();
 }
@@ -198,6 +212,29 @@ inline void pack_cells(const T* cells, const void* ahead, int64_t stride, int64_
       }
     }
   }
+}
+
+// The right side of cells that lie as tiles.
+inline Right as_it_lies(const void* cells, const void* ahead, int64_t rows, int64_t columns) {
+  return {static_cast<const uint8_t*>(cells), 1, rows / TILE_DEPTH, columns / TILE_COLUMNS,
+          static_cast<const uint8_t*>(ahead)};
+}
+
+// The same where only the first `limit` rows count: the others may be no numbers.
+inline Right first_rows(const void* cells, int64_t rows, int64_t limit, int64_t columns,
+                        uint8_t* room) {
+  const Right right = as_it_lies(room, nullptr, rows, columns);
+  const uint8_t* from = static_cast<const uint8_t*>(cells);
+  for (int64_t row = 0; row < rows; row += 2) {
+    const int64_t at = row / TILE_DEPTH * right.columns * TILE_BYTES + row % TILE_DEPTH * 32;
+    const uint32_t kept = row + 1 < limit ? 0xffffffffu : row < limit ? 0xffffu : 0;
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(kept));
+    for (int64_t column = 0; column < right.columns; ++column) {
+      const int64_t line = at + column * TILE_BYTES;
+      _mm512_store_si512(room + line, _mm512_and_si512(_mm512_loadu_si512(from + line), mask));
+    }
+  }
+  return right;
 }
 
 inline int terms_of(Cell stored) { return stored == Cell::f16 ? 2 : 1; }

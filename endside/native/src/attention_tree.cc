@@ -110,6 +110,25 @@ int64_t tree_extras(const Step& step, const Row& row, int64_t head, int64_t chun
   return count;
 }
 
+// A matrix of the cache, however it lies -> row after row as float32.
+static void widen_matrix(const Step& step, const uint8_t* matrix, int64_t rows, int64_t columns,
+                         float* out) {
+  const Cell cell = step.layout.cell;
+  if (step.layout.order == Order::rows) {
+    return step.kernels->widen(cell, matrix, out, rows * columns);
+  }
+  uint16_t in_rows[BLOCK * MAX_HEAD_DIM];
+  const uint16_t* cells = reinterpret_cast<const uint16_t*>(matrix);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; column += ORDER_COLUMNS) {
+      const uint16_t* from = cells + cell_at(Order::tiles, row, column, columns);
+      uint16_t* to = in_rows + row * columns + column;
+      for (int64_t i = 0; i < ORDER_COLUMNS; ++i) to[i] = from[2 * i];
+    }
+  }
+  step.kernels->widen(cell, in_rows, out, rows * columns);
+}
+
 // What is stored of the block -> the room for tails.
 static void copy_stored(const Step& step, const Row& row, int64_t head, int64_t block,
                         const OwnRoom& own) {
@@ -117,9 +136,8 @@ static void copy_stored(const Step& step, const Row& row, int64_t head, int64_t 
   const uint8_t* part = step.part(row, head, block / CHUNK_BLOCKS);
   const int64_t inside = block % CHUNK_BLOCKS;
   const size_t at = static_cast<size_t>(inside) * layout.block_bytes;
-  step.kernels->widen(layout.cell, part + layout.keys + at, own.tail_keys, BLOCK * layout.width);
-  step.kernels->widen(layout.cell, part + layout.values + at, own.tail_values,
-                      BLOCK * layout.width);
+  widen_matrix(step, part + layout.keys + at, layout.width, BLOCK, own.tail_keys);
+  widen_matrix(step, part + layout.values + at, BLOCK, layout.width, own.tail_values);
   if (layout.cell != Cell::int8) return;
   const size_t scale = static_cast<size_t>(inside * BLOCK) * sizeof(float);
   std::memcpy(own.tail_scales, part + layout.key_scales + scale, BLOCK * sizeof(float));
@@ -143,7 +161,8 @@ Block tree_tail(const Step& step, const Row& row, int64_t head, int64_t block, c
     own.tail_scales[BLOCK + lane] = step.tree.value_scales[room];
   }
   const bool scaled = step.layout.cell == Cell::int8;
-  return {Cell::f32, step.layout.cell, own.tail_keys, own.tail_values, scaled ? own.tail_scales : nullptr,
+  return {Cell::f32, step.layout.cell, Order::rows, own.tail_keys, own.tail_values,
+          scaled ? own.tail_scales : nullptr,
           scaled ? own.tail_scales + BLOCK : nullptr, nullptr, nullptr};
 }
 

@@ -47,8 +47,8 @@ static Block stored_block(const Step& step, const Row& row, int64_t head, int64_
   const uint8_t* part = step.part(row, head, block / CHUNK_BLOCKS);
   const int64_t inside = block % CHUNK_BLOCKS;
   const size_t at = static_cast<size_t>(inside) * layout.block_bytes;
-  Block found = {layout.cell, layout.cell, part + layout.keys + at, part + layout.values + at,
-                 nullptr,     nullptr,     nullptr,                 nullptr};
+  Block found = {layout.cell, layout.cell, layout.order, part + layout.keys + at,
+                 part + layout.values + at, nullptr, nullptr, nullptr, nullptr};
   if (layout.cell == Cell::int8) {
     found.key_scales = reinterpret_cast<const float*>(part + layout.key_scales) + inside * BLOCK;
     found.value_scales =

@@ -12,15 +12,16 @@ static size_t padded(int64_t bytes) { return (static_cast<size_t>(bytes) + 63) /
 
 static Cell cell_of(CacheType type) { return static_cast<Cell>(static_cast<int32_t>(type)); }
 
-CacheLayout::CacheLayout(const CacheShape& shape) {
+CacheLayout::CacheLayout(const CacheShape& shape, Order lie) : order(lie) {
   cell = cell_of(shape.type);
   summary_cell = shape.type == CacheType::int8 ? Cell::f16 : cell;
   width = shape.head_dim;
-  block_bytes = static_cast<size_t>(BLOCK * width * cell_bytes(cell));
+  const size_t half = static_cast<size_t>(BLOCK * width * cell_bytes(cell));
+  block_bytes = 2 * half;
   const size_t scales = shape.type == CacheType::int8 ? CHUNK * sizeof(float) : 0;
   keys = 0;
-  values = keys + CHUNK_BLOCKS * block_bytes;
-  key_scales = values + CHUNK_BLOCKS * block_bytes;
+  values = keys + half;
+  key_scales = keys + CHUNK_BLOCKS * block_bytes;
   value_scales = key_scales + scales;
   fine = value_scales + scales;
   const int64_t slot = shape.summaries ? width * cell_bytes(summary_cell) : 0;
@@ -31,7 +32,12 @@ CacheLayout::CacheLayout(const CacheShape& shape) {
   chunk_bytes = layer_bytes * static_cast<size_t>(shape.layers);
 }
 
-size_t chunk_bytes(const CacheShape& shape) { return CacheLayout(shape).chunk_bytes; }
+CacheLayout::CacheLayout(const CacheShape& shape, Isa isa)
+    : CacheLayout(shape, attention_kernels(isa).order(cell_of(shape.type), shape.head_dim)) {}
+
+size_t chunk_bytes(const CacheShape& shape) {
+  return CacheLayout(shape, Order::rows).chunk_bytes;
+}
 
 void copy_chunk(const Cache& cache, int32_t source, int32_t target) {
   const size_t bytes = chunk_bytes(cache.shape);
@@ -64,19 +70,39 @@ float quantize_row(const float* in, int64_t width, int8_t* codes) {
 void Place::keys(int64_t position, int64_t channel, float* out) const {
   const uint8_t* own = part(position);
   const int64_t block = position % CHUNK / BLOCK, lane = position % BLOCK;
-  const size_t cells = static_cast<size_t>(channel * BLOCK + lane);
+  const size_t cells = static_cast<size_t>(cell_at(layout.order, channel, lane, BLOCK));
   const size_t at = static_cast<size_t>(block) * layout.block_bytes +
                     cells * static_cast<size_t>(cell_bytes(layout.cell));
-  kernels.widen(layout.cell, own + layout.keys + at, out, 16);
+  const uint8_t* from = own + layout.keys + at;
+  if (layout.order == Order::tiles) {
+    uint16_t row[ORDER_COLUMNS];
+    for (int64_t i = 0; i < ORDER_COLUMNS; ++i) {
+      row[i] = reinterpret_cast<const uint16_t*>(from)[2 * i];
+    }
+    return kernels.widen(layout.cell, row, out, ORDER_COLUMNS);
+  }
+  kernels.widen(layout.cell, from, out, 16);
   if (layout.cell != Cell::int8) return;
   const float* scales = reinterpret_cast<const float*>(own + layout.key_scales);
   for (int64_t i = 0; i < 16; ++i) out[i] *= scales[position % CHUNK + i];
 }
 
+// Numbers (count) -> column `column` of a matrix of so many columns.
 template <class Number>
-static void scatter(const Number* row, int64_t width, uint8_t* block, int64_t lane) {
-  Number* keys = reinterpret_cast<Number*>(block) + lane;
-  for (int64_t d = 0; d < width; ++d) keys[d * BLOCK] = row[d];
+static void store_column(Order order, const Number* numbers, int64_t count, uint8_t* matrix,
+                         int64_t column, int64_t columns) {
+  Number* cells = reinterpret_cast<Number*>(matrix);
+  for (int64_t row = 0; row < count; ++row) {
+    cells[cell_at(order, row, column, columns)] = numbers[row];
+  }
+}
+
+static void store_row(Order order, const uint16_t* numbers, uint8_t* matrix, int64_t row,
+                      int64_t columns) {
+  uint16_t* cells = reinterpret_cast<uint16_t*>(matrix);
+  for (int64_t column = 0; column < columns; ++column) {
+    cells[cell_at(order, row, column, columns)] = numbers[column];
+  }
 }
 
 static void store_token(const Place& place, int64_t position, const float* key,
@@ -85,28 +111,27 @@ static void store_token(const Place& place, int64_t position, const float* key,
   const int64_t width = layout.width, at = position % CHUNK, lane = at % BLOCK;
   uint8_t* own = place.part(position);
   uint8_t* keys = own + layout.keys + static_cast<size_t>(at / BLOCK) * layout.block_bytes;
-  const size_t row = static_cast<size_t>(at * width * cell_bytes(layout.cell));
-  uint8_t* values = own + layout.values + row;
+  uint8_t* values = own + layout.values + static_cast<size_t>(at / BLOCK) * layout.block_bytes;
   if (layout.cell == Cell::int8) {
     int8_t codes[MAX_HEAD_DIM];
     reinterpret_cast<float*>(own + layout.key_scales)[at] = quantize_row(key, width, codes);
-    scatter(codes, width, keys, lane);
+    store_column(Order::rows, codes, width, keys, lane, BLOCK);
     reinterpret_cast<float*>(own + layout.value_scales)[at] =
-        quantize_row(value, width, reinterpret_cast<int8_t*>(values));
+        quantize_row(value, width, reinterpret_cast<int8_t*>(values) + lane * width);
     return;
   }
   float padded_row[MAX_HEAD_DIM + 16] = {};
   uint16_t numbers[MAX_HEAD_DIM + 16];
   std::memcpy(padded_row, key, static_cast<size_t>(width) * sizeof(float));
   place.kernels.narrow(layout.cell, padded_row, numbers, width);
-  scatter(numbers, width, keys, lane);
+  store_column(layout.order, numbers, width, keys, lane, BLOCK);
   std::memcpy(padded_row, value, static_cast<size_t>(width) * sizeof(float));
   place.kernels.narrow(layout.cell, padded_row, numbers, width);
-  std::memcpy(values, numbers, static_cast<size_t>(width) * sizeof(uint16_t));
+  store_row(layout.order, numbers, values, lane, width);
 }
 
-// The window of `size` tokens that ends at `position`, into slot `slot` of tile [D][slots].
-static void pool_window(const Place& place, int64_t position, int64_t size, uint8_t* tile,
+// The window of `size` tokens that ends at `position`, into slot `slot` of a matrix [D][slots].
+static void pool_window(const Place& place, int64_t position, int64_t size, uint8_t* matrix,
                         int64_t slots, int64_t slot) {
   const CacheLayout& layout = place.layout;
   float means[MAX_HEAD_DIM + 16] = {};
@@ -117,13 +142,12 @@ static void pool_window(const Place& place, int64_t position, int64_t size, uint
     means[d] = window_mean(window, size);
   }
   place.kernels.narrow(layout.summary_cell, means, numbers, layout.width);
-  uint16_t* out = reinterpret_cast<uint16_t*>(tile) + slot;
-  for (int64_t d = 0; d < layout.width; ++d) out[d * slots] = numbers[d];
+  store_column(layout.order, numbers, layout.width, matrix, slot, slots);
 }
 
 void append(const Cache& cache, int64_t layer, Table table, int64_t position, const float* key,
             const float* value, int64_t head_begin, int64_t head_end, Isa isa) {
-  const CacheLayout layout(cache.shape);
+  const CacheLayout layout(cache.shape, isa);
   const AttentionKernels& kernels = attention_kernels(isa);
   for (int64_t head = head_begin; head < head_end; ++head) {
     const Place place = {cache, layout, kernels, layer, head, table};

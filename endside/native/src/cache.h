@@ -1,10 +1,11 @@
 // Keys, values and their InfLLM v2 summaries, in one static pool of chunks.
 //
 // A chunk holds CHUNK tokens of one sequence for every layer. Per layer and key head:
-//     keys     16 blocks of [D][64]   transposed: 64 keys are scored with vector lanes = keys
-//     values   16 blocks of [64][D]
+//     16 blocks, each of keys [D][64], transposed so that 64 keys are scored with vector lanes =
+//              keys, and values [64][D]
 //     fine     [D][64]   means of 32 keys, one every 16 tokens
 //     coarse   [D][16]   means of 128 keys, one every 64 tokens
+// How the numbers of these matrices lie is up to the instruction set (cache_layout.h, Order).
 // A summary lies in the chunk that its *last* token lies in: fine summary j in slot j + 1 of the
 // sequence's slots, coarse summary m in slot m + 1 (slot 0 stays empty). So a chunk depends on no
 // token after its end, and sequences with a common beginning may share its full chunks.

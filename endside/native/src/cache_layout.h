@@ -13,14 +13,31 @@ inline int64_t cell_bytes(Cell cell) {
   return cell == Cell::f32 ? 4 : cell == Cell::int8 ? 1 : 2;
 }
 
+// How the cells of a matrix of a block lie (keys [D][64], values [64][D], summaries [D][slots]): row
+// after row; or as the right sides of tile products, in tiles of 32 rows by 16 columns, one row of
+// tiles after the other, and in a tile pairs of rows side by side. The instruction set decides
+// (AttentionKernels::order); both take the same room.
+enum class Order { rows, tiles };
+constexpr int64_t ORDER_ROWS = 32, ORDER_COLUMNS = 16;  // of a tile
+
+// Which cell holds (row, column) of a matrix.
+inline int64_t cell_at(Order order, int64_t row, int64_t column, int64_t columns) {
+  if (order == Order::rows) return row * columns + column;
+  const int64_t tile = row / ORDER_ROWS * (columns / ORDER_COLUMNS) + column / ORDER_COLUMNS;
+  return tile * (ORDER_ROWS * ORDER_COLUMNS) + row % ORDER_ROWS / 2 * (2 * ORDER_COLUMNS) +
+         column % ORDER_COLUMNS * 2 + row % 2;
+}
+
 // Offsets in bytes inside the part of one chunk that one layer and key head own.
 struct CacheLayout {
-  explicit CacheLayout(const CacheShape& shape);
+  CacheLayout(const CacheShape& shape, Order order);
+  CacheLayout(const CacheShape& shape, Isa isa);  // as that set's kernels read it
 
   Cell cell, summary_cell;
+  Order order;
   int64_t width;                    // D
-  size_t block_bytes;               // keys or values of one block
-  size_t keys, values;              // CHUNK_BLOCKS blocks each
+  size_t block_bytes;               // keys and values of one block, one after the other
+  size_t keys, values;              // of the first block; further ones block_bytes later each
   size_t key_scales, value_scales;  // CHUNK float32 each, int8 only
   size_t fine, coarse;              // with summaries only
   size_t head_bytes, layer_bytes, chunk_bytes;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "cache_layout.h"
 #include "model_state.h"
 
 namespace endside {
@@ -212,6 +213,11 @@ void Model::together(const std::function<void(Team&)>& fn) {
 }
 
 size_t Model::chunk_size() const { return endside::chunk_bytes(state_->cache.shape); }
+
+const char* Model::cell_order() const {
+  const CacheLayout layout(state_->cache.shape, state_->isa);
+  return layout.order == Order::tiles ? "tiles" : "rows";
+}
 
 void Model::set_timing(bool on) {
   state_->timed = on;

@@ -53,7 +53,8 @@ static void look(const Step& step, Kernel kernel, bool fine, int64_t head, int64
   const Row& any = *rows[0];
   const size_t at = fine ? step.layout.fine : step.layout.coarse;
   const bool last = chunk == any.position / CHUNK;
-  const Slots slots = {step.layout.summary_cell, step.part(any, head, chunk) + at,
+  const Slots slots = {step.layout.summary_cell, step.layout.order,
+                       step.part(any, head, chunk) + at,
                        last ? nullptr : step.part(any, head, chunk + 1) + at, slot_count};
   View shared[MAX_TILE];
   int64_t sharing = 0;
