@@ -188,7 +188,7 @@ TEST_EACH_ISA(linear_shares) {
   }
 }
 
-// A way in stretches of several lengths: tile after tile, and in each from the front of both blocks,
+// A way in stretches of several lengths: tile after tile, in each from the front of both blocks on,
 // which is the order of reading. The asking itself is not seen, what is handed out is.
 TEST(linear_way) {
   const std::vector<uint8_t> codes(16384);
