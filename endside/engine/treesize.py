@@ -41,8 +41,8 @@ DEAR = 8.0  # times the price of one row: no tree brings that many tokens
 CONTEXT = 32  # tokens before the timed rows
 MEMORY = 0.97  # of what is known about a node's luck, after each tree
 RECENT = 8  # guesses of one size whose time is remembered
-PROBE = 32  # passes between tries of a larger tree
-RARELY = 8 * PROBE  # the same where trees have not paid for long
+PROBE = 16  # passes between tries of a larger tree
+RARELY = 16 * PROBE  # the same where trees have not paid for long
 VERSION = 1
 
 
