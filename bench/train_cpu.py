@@ -11,6 +11,8 @@ The Trainer runs once from start to end; between its steps a callback runs ours,
 product's own loop, a few steps a round, so both are measured in turn all the way. A step is timed
 from the end of the one before. The first step of either in a round is not counted.
 
+Beside each row stands what its matrix products take alone, the same ones on both sides.
+
 Before any figure counts, the first losses of both must agree to 1e-3 (1e-2 in bfloat16): the same
 model, packing and batch. Needs the packages `transformers` and `accelerate`; without them it says
 so and ends. Writes bench/results/train_cpu.json.
@@ -57,6 +59,7 @@ SHAPE = ModelConfig(
     tie_word_embeddings=True, initializer_range=0.02,
 )  # fmt: skip
 RATE, TARGET = 1e-4, 1.3
+SIDES = ("ours_s", "trainer_s")
 CLOSE = {"float32": 1e-3, "bfloat16": 1e-2}  # of the first loss
 
 
@@ -255,6 +258,32 @@ def expected_loss(task: Task, dtype: Dtype) -> float:
         return next_token(LossConfig())(model, shorter).loss.item()
 
 
+def products_alone(task: Task, dtype: Dtype, repeats: int = 5) -> float:
+    """Seconds that the matrix products of one step take, into memory that is there already.
+
+    Three for each projection and the head; those of attention are left out.
+    """
+    shape, tokens = task.shape, task.rows * task.length
+    width, keys = shape.hidden_size, shape.num_key_value_heads * shape.head_dim
+    query, inner = shape.num_attention_heads * shape.head_dim, shape.intermediate_size
+    layer = [(width, query), (width, keys), (width, keys), (query, width)]
+    layer += [(width, inner), (width, inner), (inner, width)]
+    found = {}
+    for inputs, outputs in {*layer, (width, shape.vocab_size)}:
+        sizes = ((tokens, inputs), (outputs, inputs), (tokens, outputs))
+        x, weight, y = (torch.full(size, 0.5, dtype=getattr(torch, dtype)) for size in sizes)
+        times = []
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            torch.mm(x, weight.t(), out=y)
+            torch.mm(y, weight, out=x)
+            torch.mm(y.t(), x, out=weight)
+            times.append(time.perf_counter() - begun)
+        found[inputs, outputs] = min(times)
+    head = found[width, shape.vocab_size]
+    return shape.num_hidden_layers * sum(found[one] for one in layer) + head
+
+
 def row(task: Task, dtype: Dtype) -> dict[str, Any]:
     """One line of the result."""
     mine, theirs = compare(task, dtype)
@@ -273,6 +302,7 @@ def row(task: Task, dtype: Dtype) -> dict[str, Any]:
         "ours_s": mine.seconds, "trainer_s": theirs.seconds,
         "ours_tokens_per_s": tokens / medians[0], "trainer_tokens_per_s": tokens / medians[1],
         "ratio": medians[1] / medians[0], "ratio_of_rounds": [min(pairs), max(pairs)],
+        "products_alone_s": products_alone(task, dtype),
     }  # fmt: skip
 
 
@@ -280,9 +310,11 @@ def line(found: dict[str, Any]) -> str:
     """A printed row."""
     text = "packed documents" if found["document"] else "one text a row"
     low, high = found["ratio_of_rounds"]
+    shares = [found["products_alone_s"] / statistics.median(found[s]) for s in SIDES]
     return (
         f"{found['dtype']:<9} {text:<17} {found['ours_tokens_per_s']:>9.0f} "
         f"{found['trainer_tokens_per_s']:>9.0f} {found['ratio']:>6.2f} [{low:.2f} .. {high:.2f}]"
+        f"   {found['products_alone_s']:.3f} s: {shares[0]:.0%} of ours, {shares[1]:.0%} of its"
     )
 
 
@@ -304,15 +336,15 @@ def main() -> int:
     rounds = 1 if flags.quick else flags.rounds
     count = parameters(SHAPE).total
     print(f"{count / 1e6:.0f} M parameters, {Task.rows} x {Task.length} tokens a step")
-    print("dtype     batch                 ours   Trainer  ratio   (tokens/s; ratio by rounds)")
+    print("dtype     batch                 ours   Trainer  ratio  (tokens/s; by rounds)   products")
     rows = []
     for dtype in dtypes:
         for document in (Task.document,) if flags.quick else (Task.document, 0):
             rows.append(row(Task(rounds=rounds, document=document), dtype))
             print(line(rows[-1]), flush=True)
-    best = max(found["ratio"] for found in rows if found["document"])
-    said = "reached" if best >= TARGET else "missed"
-    print(f"target {TARGET} on packed documents: {said} ({best:.2f})")
+    least = min(found["ratio"] for found in rows)
+    said = "reached" if least >= TARGET else "missed"
+    print(f"target {TARGET} in every row: {said} ({least:.2f} at least)")
     import transformers
 
     report = {
@@ -321,7 +353,7 @@ def main() -> int:
     }  # fmt: skip
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     flags.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return int(best < TARGET)
+    return int(least < TARGET)
 
 
 if __name__ == "__main__":

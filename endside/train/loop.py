@@ -36,6 +36,7 @@ from endside.train.optim import (
     set_share,
     state_tensors,
 )
+from endside.train.pages import keep_pages
 from endside.train.parallel import ALONE, Team, local, placed
 from endside.train.precision import Precision, Products
 from endside.train.run_folder import RunFolder, Saved
@@ -123,6 +124,7 @@ def loop(
     """
     if team.alone and dist.world().size > 1:
         raise UserError("this stage trains in one process: start it without torchrun")
+    keep_pages()
     averages = Averages(model, cfg.ema) if cfg.ema else None
     optimizer = make_optimizer(model, cfg.optim)
     training = _Training(model, optimizer, batches, averages, Spikes(cfg.spikes), team)

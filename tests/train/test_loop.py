@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,3 +195,25 @@ def test_the_live_line_tells_what_matters(cfg: PretrainConfig, open_run, quiet) 
         "0s left",
     ):
         assert part in last
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a switch of GNU's allocator")
+def test_freed_memory_stays_for_the_next_step() -> None:
+    """In a process of its own: a large block allocated again costs no new pages."""
+    program = """
+import resource, torch
+from endside.train.pages import keep_pages
+kept, pages = keep_pages(), []
+for _ in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(kept, min(pages))
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    kept, pages = out.stdout.split()
+    if kept == "False":
+        pytest.skip("another allocator")
+    assert int(pages) < 1000  # of 16384
