@@ -1,15 +1,18 @@
 """Our training step against the plain baseline: `transformers` Trainer on the same model and batch.
 
     python bench/train_cpu.py [--quick] [--rounds 4] [--threads 2] [--dtypes bfloat16,float32]
+                              [--switch]
 
 One Llama shape of 32 M parameters, the same start in both, the same packed batches: rows of 512
 tokens that hold several documents, which must not see each other (the Trainer is told by their
 positions, and its model then builds the mask of blocks itself). Weights and moments float32;
 bfloat16 means autocast in both. Clipping at norm 1, fused AdamW, no logging inside the steps.
 
-The Trainer runs once from start to end; between its steps a callback runs ours, through the
-product's own loop, a few steps a round, so both are measured in turn all the way. A step is timed
-from the end of the one before. The first step of either in a round is not counted.
+The Trainer runs once from start to end, in a process of its own as its users run it: our loop sets
+a switch of the allocator (`train/pages.py`) that holds for the whole process. `--switch` sets it in
+the Trainer's process too, and says so in the result. Between its rounds of a few steps a callback
+waits while ours run, through the product's own loop, so both are measured in turn all the way. A
+step is timed from the end of the one before. The first step of either in a round is not counted.
 
 Beside each row stands what its matrix products take alone, the same ones on both sides.
 
@@ -24,6 +27,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +43,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.attend_cpu import machine
+from endside.config import build
 from endside.data.loader import TokenBatch
 from endside.log import Progress
 from endside.model.config import ModelConfig
@@ -47,6 +52,7 @@ from endside.model.transformer import Transformer
 from endside.train.loop import loop
 from endside.train.losses import LossConfig, model_batch, next_token
 from endside.train.optim import OptimConfig
+from endside.train.pages import keep_pages
 from endside.train.pretrain import DataConfig, PretrainConfig
 from endside.train.run_folder import RunFolder
 from endside.train.schedule import ScheduleConfig
@@ -220,38 +226,81 @@ def trainer(task: Task, llama: Any, dtype: Dtype, between: Any, scratch: str) ->
     return Trainer(llama, arguments, train_dataset=Rows(), callbacks=[between])
 
 
-def compare(task: Task, dtype: Dtype) -> tuple[Side, Side]:
-    """(ours, theirs), measured in turn."""
+def serve_trainer(task: Task, dtype: Dtype, switch: bool) -> None:
+    """The Trainer's process: its first loss, then the ends of each round, a line on stdout each.
+
+    After every round it waits for a line on stdin.
+    """
     from transformers import TrainerCallback
 
-    mine, theirs = Side(), Side()
-    model = Transformer(task.shape)
-    model.init_weights(torch.Generator().manual_seed(0))
+    if switch:
+        keep_pages()
+    lines, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
+
+    def say(what: Any) -> None:
+        print(json.dumps(what), file=lines, flush=True)
+        sys.stdin.readline()
 
     class Between(TrainerCallback):
-        """Times the Trainer's steps and gives our side its turn after each round."""
+        """Times the steps, and waits while the other side has its turn."""
 
         ends: list[float] = []  # noqa: RUF012 (one object, one run)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.ends.append(time.perf_counter())
             if len(self.ends) == task.steps + 1:
-                theirs.add(self.ends)
+                say(self.ends)
                 self.ends = []
-                ours(task, model, dtype, mine)
 
-    llama = peer(task, model)
+    llama = peer(task, start(task))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        theirs.losses.append(llama(**inputs(Packed(task).at(0))).loss.item())
+        first = llama(**inputs(Packed(task).at(0))).loss.item()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer(task, llama, dtype, Between(), scratch).train()
+        made = trainer(task, llama, dtype, Between(), scratch)
+        say(first)
+        made.train()
+
+
+def start(task: Task) -> Transformer:
+    """The weights that both begin with."""
+    model = Transformer(task.shape)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model
+
+
+def compare(task: Task, dtype: Dtype, switch: bool = False) -> tuple[Side, Side]:
+    """(ours, theirs), measured in turn, each in its own process."""
+    mine, theirs, model = Side(), Side(), start(task)
+    asked = {"task": asdict(task), "dtype": dtype, "switch": switch}
+    command = [sys.executable, __file__, "--trainer", json.dumps(asked)]
+    command += ["--threads", str(torch.get_num_threads())]
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
+        ) as child,
+    ):
+        try:
+            for number in range(task.rounds + 1):
+                line = child.stdout.readline()
+                if not line:
+                    said.seek(0)
+                    raise RuntimeError(f"the Trainer's process ended: {said.read()[-2000:]}")
+                if number:
+                    theirs.add(json.loads(line))
+                    ours(task, model, dtype, mine)
+                else:
+                    theirs.losses.append(json.loads(line))
+                child.stdin.write("go\n")
+                child.stdin.flush()
+        finally:
+            child.terminate()
     return mine, theirs
 
 
 def expected_loss(task: Task, dtype: Dtype) -> float:
     """Our first loss on the targets the baseline has: its shift loses the last of a row."""
-    model = Transformer(task.shape)
-    model.init_weights(torch.Generator().manual_seed(0))
+    model = start(task)
     batch = Packed(task).at(0)
     shorter = TokenBatch(batch.tokens[:, :-1], batch.documents[:, :-1])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -284,9 +333,9 @@ def products_alone(task: Task, dtype: Dtype, repeats: int = 5) -> float:
     return shape.num_hidden_layers * sum(found[one] for one in layer) + head
 
 
-def row(task: Task, dtype: Dtype) -> dict[str, Any]:
+def row(task: Task, dtype: Dtype, switch: bool = False) -> dict[str, Any]:
     """One line of the result."""
-    mine, theirs = compare(task, dtype)
+    mine, theirs = compare(task, dtype, switch)
     apart = abs(expected_loss(task, dtype) - theirs.losses[0])
     assert apart <= CLOSE[dtype], f"the first losses differ by {apart}: not the same task"
     medians = [statistics.median(side.seconds) for side in (mine, theirs)]
@@ -298,7 +347,8 @@ def row(task: Task, dtype: Dtype) -> dict[str, Any]:
     ]
     tokens = task.rows * task.length
     return {
-        "dtype": dtype, "document": task.document, "first_losses_apart": apart,
+        "dtype": dtype, "document": task.document, "trainer_has_switch": switch,
+        "first_losses_apart": apart,
         "ours_s": mine.seconds, "trainer_s": theirs.seconds,
         "ours_tokens_per_s": tokens / medians[0], "trainer_tokens_per_s": tokens / medians[1],
         "ratio": medians[1] / medians[0], "ratio_of_rounds": [min(pairs), max(pairs)],
@@ -325,6 +375,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--quick", action="store_true", help="one round, bfloat16, packed only")
+    parser.add_argument("--switch", action="store_true", help="the Trainer keeps pages as we do")
+    parser.add_argument("--trainer", help=argparse.SUPPRESS)  # the other process
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/train_cpu.json")
     flags = parser.parse_args()
     missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
@@ -332,6 +384,11 @@ def main() -> int:
         print(f"train_cpu: nothing to compare with, install {' and '.join(missing)}")
         return 0
     torch.set_num_threads(flags.threads)
+    if flags.trainer:
+        asked = json.loads(flags.trainer)
+        task = build(Task, asked.pop("task"), source="--trainer")
+        serve_trainer(task, **asked)
+        return 0
     dtypes = ["bfloat16"] if flags.quick else flags.dtypes.split(",")
     rounds = 1 if flags.quick else flags.rounds
     count = parameters(SHAPE).total
@@ -340,7 +397,7 @@ def main() -> int:
     rows = []
     for dtype in dtypes:
         for document in (Task.document,) if flags.quick else (Task.document, 0):
-            rows.append(row(Task(rounds=rounds, document=document), dtype))
+            rows.append(row(Task(rounds=rounds, document=document), dtype, flags.switch))
             print(line(rows[-1]), flush=True)
     least = min(found["ratio"] for found in rows)
     said = "reached" if least >= TARGET else "missed"
