@@ -33,16 +33,19 @@ void prepare_query(const HeadShape& shape, const float* q, float factor, float* 
   }
 }
 
+constexpr int64_t LINES_A_TILE = 8, LINES_A_HEAD = 16;  // asked for while a block is worked on
+
 // Scores s (2 I, 64) of one query, by terms -> weights as a left side; the running peak and total
 // are moved on, and factor (I) is what earlier sums are to be multiplied by.
 inline void weigh(const HeadShape& shape, const Block& block, const Query& query, const float* s,
-                  uint16_t* weights, float* factor) {
+                  uint16_t* weights, float* factor, Later& later) {
   const int64_t heads = shape.heads;
   const LeftPlace place(TileRows(heads), heads, BLOCK / TILE_DEPTH);
   const int keys = static_cast<int>(query.keys);
   alignas(64) float before[MAX_HEADS] = {}, after[MAX_HEADS] = {}, added[MAX_HEADS] = {};
   for (int64_t head = 0; head < heads; ++head) {
     const float* row = s + head * BLOCK;
+    later.ask(LINES_A_HEAD);
     Vec x[BLOCK_VECS];
 #pragma GCC unroll 4
     for (int v = 0; v < BLOCK_VECS; ++v) {
@@ -93,24 +96,23 @@ inline void prefetch(const float* floats, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(floats + i);
 }
 
-// What lies as tiles asks for what is multiplied next: keys for this block's values, those for the
-// next block's keys.
-Right keys_of(const HeadShape& shape, const Block& block, uint8_t* room) {
+Right keys_of(const HeadShape& shape, const Block& block, uint8_t* room, Later* later) {
   if (block.order == Order::tiles) {
-    return as_it_lies(block.keys, block.values, shape.width, BLOCK);
+    return as_it_lies(block.keys, shape.width, BLOCK, later, LINES_A_TILE);
   }
   return pack(block.cell, block.stored, block.keys, block.next_keys, BLOCK, shape.width,
               shape.width, BLOCK, room);
 }
 
 // Values as a query sees them that sees so many keys: what it does not see may be no number.
-Right values_of(const HeadShape& shape, const Block& block, int64_t keys, uint8_t* room) {
+Right values_of(const HeadShape& shape, const Block& block, int64_t keys, uint8_t* room,
+                Later* later) {
   if (block.order == Order::rows) {
     return pack(block.cell, block.stored, block.values, block.next_values, shape.width, BLOCK,
                 keys, shape.stride, room);
   }
   if (keys < BLOCK) return first_rows(block.values, BLOCK, keys, shape.width, room);
-  return as_it_lies(block.values, block.next_keys, BLOCK, shape.width);
+  return as_it_lies(block.values, BLOCK, shape.width, later, LINES_A_TILE);
 }
 
 void attend_block(const HeadShape& shape, const Block& block, const Query* queries,
@@ -121,7 +123,8 @@ void attend_block(const HeadShape& shape, const Block& block, const Query* queri
   alignas(64) uint16_t weights[MAX_ROWS * BLOCK];
   alignas(64) float factor[MAX_HEADS];
   const TileRows rows(shape.heads);
-  Right keys = keys_of(shape, block, planes);
+  Later later(block.later, block.later_bytes);
+  Right keys = keys_of(shape, block, planes, &later);
   // a lone query needs its keys no more when it comes to the values: less of the first-level cache
   uint8_t* const value_planes = planes + (count > 1 ? keys.terms * keys.plane_bytes() : 0);
   int64_t ready = 0;  // values, as this many keys are seen
@@ -129,18 +132,18 @@ void attend_block(const HeadShape& shape, const Block& block, const Query* queri
   for (int64_t i = 0; i < count; ++i) {
     const Query& query = queries[i];
     tile_multiply(rows, query.q, keys, s, BLOCK);
-    keys.ahead = nullptr;  // once is enough
+    keys.later = nullptr;  // once is enough
     if (i + 1 < count) {
       prefetch(queries[i + 1].q, shape.query_floats());
       prefetch(queries[i + 1].state.sum, shape.heads * shape.stride);
     }
-    weigh(shape, block, query, s, weights, factor);
+    weigh(shape, block, query, s, weights, factor, later);
     if (query.keys != ready) {
-      values = values_of(shape, block, query.keys, value_planes);
+      values = values_of(shape, block, query.keys, value_planes, &later);
       ready = query.keys;
     }
     tile_multiply(rows, weights, values, products, shape.stride);
-    values.ahead = nullptr;
+    values.later = nullptr;
     add_values(shape, query, products, factor);
   }
 }
@@ -149,7 +152,8 @@ void attend_block(const HeadShape& shape, const Block& block, const Query* queri
 class SlotScores {
  public:
   SlotScores(const HeadShape& shape, const Slots& slots)
-      : shape_(shape), slots_(slots), rows_(shape.heads) {}
+      : shape_(shape), slots_(slots), rows_(shape.heads),
+        later_(slots.later, slots.slots * shape.width * 2) {}
 
   const float* of(const View& view) {
     const bool own = view.extra_count > 0;
@@ -157,7 +161,7 @@ class SlotScores {
     ready_ = !own;
     for (int64_t i = 0; i < view.extra_count; ++i) replace(view.extras[i]);
     tile_multiply(rows_, view.q, right_, s_, slots_.slots);
-    right_.ahead = nullptr;
+    right_.later = nullptr;
     const int64_t count = shape_.heads * slots_.slots;
     for (int64_t i = 0; i < count; i += LANES) store(s_ + i, add(load(s_ + i), load(s_ + count + i)));
     return s_;
@@ -172,7 +176,7 @@ class SlotScores {
     } else if (own) {
       right_ = first_rows(slots_.data, shape_.width, shape_.width, slots_.slots, planes_);
     } else {
-      right_ = as_it_lies(slots_.data, slots_.next, shape_.width, slots_.slots);
+      right_ = as_it_lies(slots_.data, shape_.width, slots_.slots, &later_, TILE_BYTES / 64);
     }
   }
   void replace(const Extra& extra) {
@@ -197,6 +201,7 @@ class SlotScores {
   const HeadShape& shape_;
   const Slots& slots_;
   TileRows rows_;
+  Later later_;
   bool ready_ = false;
   Right right_ = {};
   alignas(64) uint8_t planes_[2 * FINE_SLOTS * MAX_HEAD_DIM * 2];

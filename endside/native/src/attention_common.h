@@ -16,19 +16,19 @@ inline Vec nothing() { return broadcast(-__builtin_inff()); }
 // into (peak, total) = with the part added; the factors of both are left in `own` and `other` (16).
 inline void add_totals(int64_t heads, float* peak, float* total, const float* part_peak,
                        const float* part_total, float* own, float* other) {
-  for (int64_t head = 0; head < MAX_HEADS; ++head) own[head] = other[head] = 0;
-  for (int64_t head = 0; head < heads; ++head) {
-    const float best = part_peak[head] > peak[head] ? part_peak[head] : peak[head];
-    own[head] = peak[head] - best;
-    other[head] = part_peak[head] - best;
-    peak[head] = best;
-  }
   for (int v = 0; v < HEAD_VECS; ++v) {
-    store(own + v * LANES, exp2(load(own + v * LANES)));
-    store(other + v * LANES, exp2(load(other + v * LANES)));
-  }
-  for (int64_t head = 0; head < heads; ++head) {
-    total[head] = scalar_fma(part_total[head], other[head], total[head] * own[head]);
+    const int64_t at = v * LANES;
+    const int count = static_cast<int>(heads - at);  // lanes behind it hold no head
+    const Vec before = first(count, load(peak + at), zero());
+    const Vec there = first(count, load(part_peak + at), zero());
+    const Vec best = max(there, before);
+    const Vec left = exp2(sub(before, best)), right = exp2(sub(there, best));
+    store(own + at, left);
+    store(other + at, right);
+    store(peak + at, best);
+    const Vec here = first(count, load(total + at), zero());
+    const Vec more = first(count, load(part_total + at), zero());
+    store(total + at, fma(more, right, mul(here, left)));
   }
 }
 
@@ -81,7 +81,7 @@ inline void slot_totals(const View& slots, const float* row, float* peak, float*
 
 // Scores s (I, slots) of a view into its normaliser.
 inline void add_slots(int64_t heads, int64_t slots, const View& view, const float* s) {
-  float peak[MAX_HEADS], total[MAX_HEADS];
+  alignas(64) float peak[MAX_HEADS] = {}, total[MAX_HEADS] = {};
   for (int64_t head = 0; head < heads; ++head) {
     const float* row = s + head * slots;
     if (slots == COARSE_SLOTS) {

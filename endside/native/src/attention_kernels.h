@@ -39,6 +39,8 @@ struct Block {
   const float* value_scales;
   const void* next_keys;    // read soon after this block, or null
   const void* next_values;
+  const void* later;        // a block read some blocks after it, keys and values, or null
+  int64_t later_bytes;
 };
 
 struct Query {
@@ -58,8 +60,9 @@ struct Slots {
   Cell cell;
   Order order;
   const void* data;  // [D][slots]
-  const void* next;  // read soon after, or null
-  int64_t slots;     // 16 or 64
+  const void* next;   // read soon after, or null
+  const void* later;  // as large, read some chunks after, or null
+  int64_t slots;      // 16 or 64
 };
 
 // A query that looks at slots begin .. end of them.

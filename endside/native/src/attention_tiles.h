@@ -57,22 +57,32 @@ inline void shape_tiles(int64_t rows) {
 }
 inline void free_tiles() { _tile_release(); }
 
-// Right side of a product: `terms` planes of (depth / 32) x (columns / 16) tiles. `ahead`, as large
-// as a plane, will be read soon and is asked for on the way; null for none.
+// What will be read later: asked for a few lines at a time between other work, into the second-level
+// cache, which has room for more requests under way than the first.
+struct Later {
+  const uint8_t* line = nullptr;
+  int64_t lines = 0;
+  Later() = default;
+  Later(const void* from, int64_t bytes)
+      : line(static_cast<const uint8_t*>(from)), lines(from ? bytes / 64 : 0) {}
+  void ask(int64_t count) {
+    if (lines < count) return;
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(line + i * 64, 0, 2);
+    line += count * 64;
+    lines -= count;
+  }
+};
+
+// Right side of a product: `terms` planes of (depth / 32) x (columns / 16) tiles. At each of them
+// `lines` of `later` are asked for; null for none.
 struct Right {
   const uint8_t* planes;
   int terms;
   int64_t steps, columns;  // in tiles
-  const uint8_t* ahead = nullptr;
+  Later* later = nullptr;
+  int64_t lines = 0;
   int64_t plane_bytes() const { return steps * columns * TILE_BYTES; }
 };
-
-// A tile of what is read after the next softmax. Loading a tile waits for its lines, and nothing
-// runs meanwhile, so they are asked into the first-level cache.
-inline void ask_for_tile(const uint8_t* tile) {
-#pragma GCC unroll 16
-  for (int64_t line = 0; line < TILE_BYTES; line += 64) __builtin_prefetch(tile + line, 0, 3);
-}
 
 // N tiles of columns, from `column` on, of one tile of rows.
 template <int N, int TERMS, bool AHEAD>
@@ -84,14 +94,13 @@ inline void tile_strip(const uint8_t* a, int64_t a_bytes, const Right& right, in
   if constexpr (N > 2) _tile_zero(2);
   if constexpr (N > 3) _tile_zero(3);
   const uint8_t* b = right.planes + column * TILE_BYTES;
-  const uint8_t* ahead = right.ahead + column * TILE_BYTES;
   for (int64_t k = 0; k < right.steps; ++k, b += right.columns * TILE_BYTES) {
     _tile_loadd(4, a + k * a_bytes, 64);
 // registers are part of an instruction, so their numbers must be literal
 #define ENDSIDE_ADD(n)                                    \
   if constexpr (N > n) {                                  \
     _tile_loadd(5, b + n * TILE_BYTES, 64);               \
-    if constexpr (AHEAD) ask_for_tile(ahead + n * TILE_BYTES); \
+    if constexpr (AHEAD) right.later->ask(right.lines);   \
     _tile_dpbf16ps(n, 4, 5);                              \
     if constexpr (TERMS > 1) {                            \
       _tile_loadd(6, b + plane + n * TILE_BYTES, 64);     \
@@ -103,7 +112,6 @@ inline void tile_strip(const uint8_t* a, int64_t a_bytes, const Right& right, in
     ENDSIDE_ADD(2)
     ENDSIDE_ADD(3)
 #undef ENDSIDE_ADD
-    ahead += right.columns * TILE_BYTES;
   }
   float* to = c + column * TILE_COLUMNS;
   _tile_stored(0, to, c_bytes);
@@ -135,8 +143,8 @@ inline void tile_multiply(const TileRows& left, const void* a, const Right& righ
                           int64_t c_stride) {
   memory_is_used();
   const uint8_t* rows = static_cast<const uint8_t*>(a);
-  if (right.terms == 1 && right.ahead) tile_multiply_terms<1, true>(left, rows, right, c, c_stride);
-  if (right.terms == 1 && !right.ahead) tile_multiply_terms<1>(left, rows, right, c, c_stride);
+  if (right.terms == 1 && right.later) tile_multiply_terms<1, true>(left, rows, right, c, c_stride);
+  if (right.terms == 1 && !right.later) tile_multiply_terms<1>(left, rows, right, c, c_stride);
   if (right.terms == 2) tile_multiply_terms<2>(left, rows, right, c, c_stride);
   memory_is_used();
 }
@@ -215,15 +223,16 @@ inline void pack_cells(const T* cells, const void* ahead, int64_t stride, int64_
 }
 
 // The right side of cells that lie as tiles.
-inline Right as_it_lies(const void* cells, const void* ahead, int64_t rows, int64_t columns) {
-  return {static_cast<const uint8_t*>(cells), 1, rows / TILE_DEPTH, columns / TILE_COLUMNS,
-          static_cast<const uint8_t*>(ahead)};
+inline Right as_it_lies(const void* cells, int64_t rows, int64_t columns, Later* later = nullptr,
+                        int64_t lines = 0) {
+  return {static_cast<const uint8_t*>(cells), 1, rows / TILE_DEPTH, columns / TILE_COLUMNS, later,
+          lines};
 }
 
 // The same where only the first `limit` rows count: the others may be no numbers.
 inline Right first_rows(const void* cells, int64_t rows, int64_t limit, int64_t columns,
                         uint8_t* room) {
-  const Right right = as_it_lies(room, nullptr, rows, columns);
+  const Right right = as_it_lies(room, rows, columns);
   const uint8_t* from = static_cast<const uint8_t*>(cells);
   for (int64_t row = 0; row < rows; row += 2) {
     const int64_t at = row / TILE_DEPTH * right.columns * TILE_BYTES + row % TILE_DEPTH * 32;
@@ -243,7 +252,7 @@ inline int terms_of(Cell stored) { return stored == Cell::f16 ? 2 : 1; }
 inline Right pack(Cell cell, Cell stored, const void* cells, const void* ahead, int64_t stride,
                   int64_t rows, int64_t limit, int64_t columns, uint8_t* room) {
   const Right right = {room, terms_of(stored), tiles_of(rows, TILE_DEPTH),
-                       tiles_of(columns, TILE_COLUMNS)};
+                       tiles_of(columns, TILE_COLUMNS), nullptr, 0};
   const auto as = [&](auto* numbers) {
     if (right.terms == 1) {
       pack_cells<1>(numbers, ahead, stride, rows, limit, columns, room, 0);

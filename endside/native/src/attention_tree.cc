@@ -163,7 +163,7 @@ Block tree_tail(const Step& step, const Row& row, int64_t head, int64_t block, c
   const bool scaled = step.layout.cell == Cell::int8;
   return {Cell::f32, step.layout.cell, Order::rows, own.tail_keys, own.tail_values,
           scaled ? own.tail_scales : nullptr,
-          scaled ? own.tail_scales + BLOCK : nullptr, nullptr, nullptr};
+          scaled ? own.tail_scales + BLOCK : nullptr, nullptr, nullptr, nullptr, 0};
 }
 
 void accept(const Cache& cache, int64_t layer, Table table, int64_t start, const int32_t* rows,

@@ -17,6 +17,8 @@ void clear(const HeadShape& heads, const Softmax& state) {
 
 constexpr int64_t NO_BLOCK = std::numeric_limits<int64_t>::max();
 
+constexpr int64_t BLOCKS_AHEAD = 2;  // from the next block to the one that memory is asked for
+
 // How far each row has come.
 struct Cursor {
   const Walk& work;
@@ -34,6 +36,12 @@ struct Cursor {
     const int32_t* list = work.blocks[i].list;
     block[i] = at >= stop[i] ? NO_BLOCK : list ? list[at] : at;
   }
+  // The block that row i meets `count` blocks after the one it waits for.
+  int64_t after(int64_t i, int64_t count) const {
+    const int64_t at = next[i] + count;
+    const int32_t* list = work.blocks[i].list;
+    return at >= stop[i] ? NO_BLOCK : list ? list[at] : at;
+  }
   int64_t lowest() const {
     int64_t low = NO_BLOCK;
     for (int64_t i = 0; i < work.count; ++i) low = block[i] < low ? block[i] : low;
@@ -48,7 +56,7 @@ static Block stored_block(const Step& step, const Row& row, int64_t head, int64_
   const int64_t inside = block % CHUNK_BLOCKS;
   const size_t at = static_cast<size_t>(inside) * layout.block_bytes;
   Block found = {layout.cell, layout.cell, layout.order, part + layout.keys + at,
-                 part + layout.values + at, nullptr, nullptr, nullptr, nullptr};
+                 part + layout.values + at, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
   if (layout.cell == Cell::int8) {
     found.key_scales = reinterpret_cast<const float*>(part + layout.key_scales) + inside * BLOCK;
     found.value_scales =
@@ -94,6 +102,12 @@ void walk(const Step& step, const Walk& work, const OwnRoom& own) {
         const Block later = stored_block(step, work.rows[0], work.head, next);
         stored.next_keys = later.keys;
         stored.next_values = later.values;
+      }
+      // many rows have work enough between two blocks
+      const int64_t ahead = work.count == 1 ? cursor.after(0, BLOCKS_AHEAD) : NO_BLOCK;
+      if (ahead < tail) {
+        stored.later = stored_block(step, work.rows[0], work.head, ahead).keys;
+        stored.later_bytes = static_cast<int64_t>(step.layout.block_bytes);
       }
       step.kernels->attend_block(step.heads, stored, queries, count);
     } else {

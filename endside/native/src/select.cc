@@ -13,6 +13,8 @@
 
 namespace endside {
 
+constexpr int64_t FINE_AHEAD = 8, COARSE_AHEAD = 24;  // chunks: memory is asked for them meanwhile
+
 static int64_t local_blocks(const SparseShape& sparse) {
   return sparse.window_blocks + (sparse.selection_41 ? 1 : 0);
 }
@@ -53,9 +55,12 @@ static void look(const Step& step, Kernel kernel, bool fine, int64_t head, int64
   const Row& any = *rows[0];
   const size_t at = fine ? step.layout.fine : step.layout.coarse;
   const bool last = chunk == any.position / CHUNK;
+  const int64_t later = chunk + (fine ? FINE_AHEAD : COARSE_AHEAD);
   const Slots slots = {step.layout.summary_cell, step.layout.order,
                        step.part(any, head, chunk) + at,
-                       last ? nullptr : step.part(any, head, chunk + 1) + at, slot_count};
+                       last ? nullptr : step.part(any, head, chunk + 1) + at,
+                       later > any.position / CHUNK ? nullptr : step.part(any, head, later) + at,
+                       slot_count};
   View shared[MAX_TILE];
   int64_t sharing = 0;
   for (int64_t i = 0; i < count; ++i) {
