@@ -12,9 +12,9 @@ are best there (SpecMQuant's finding), while a GPU takes 60.
 
 g is measured as it happens: a head guesses level by level, so 8 nodes may take hardly longer than
 4, and between the sizes met lie straight lines. Sizes not in use are not measured, so now and then
-(`PROBE`) a larger tree is tried; more and more rarely (`RARELY`) where none pays, and again at once
-when the try kept two tokens, or could only ask questions and has its guesses next. Costs depend on
-machine, threads and model and lie in the user's cache folder, one small file each.
+(`LARGER`) a larger tree is tried; more and more rarely (`PROBE` to `RARELY`) where none pays, and
+again at once when the try kept two tokens, or could only ask questions and has its guesses next.
+Costs depend on machine, threads and model and lie in the user's cache folder, one small file each.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ DEAR = 8.0  # times the price of one row: no tree brings that many tokens
 CONTEXT = 32  # tokens before the timed rows
 MEMORY = 0.97  # of what is known about a node's luck, after each tree
 RECENT = 8  # guesses of one size whose time is remembered
-PROBE = 16  # passes between tries of a larger tree
-RARELY = 16 * PROBE  # the same where trees have not paid for long
+LARGER = 16  # passes between tries of a larger tree than the one in use
+PROBE = 32  # the same where none is in use
+RARELY = 16 * PROBE  # and where none has paid for long
 VERSION = 1
 
 
@@ -134,7 +135,8 @@ class AutoSize:
             return max(best, min(4, self.largest))
         if self._until > 0:
             return best
-        self._pause = self._until = min(2 * self._pause, RARELY) if self._off else PROBE
+        self._pause = min(2 * self._pause, RARELY) if self._off else PROBE
+        self._until = self._pause if self._off else LARGER
         return min(max(2 * best, 4), self.largest)
 
     def best(self, running: int) -> int:

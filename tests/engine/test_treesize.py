@@ -10,7 +10,7 @@ import pytest
 from endside.engine.draft import Tree
 from endside.engine.engine import Engine
 from endside.engine.request import Request, SamplingConfig
-from endside.engine.treesize import PROBE, RARELY, AutoSize, LazySize, measure, remembered
+from endside.engine.treesize import LARGER, PROBE, RARELY, AutoSize, LazySize, measure, remembered
 
 from .fake import FakeExecutor
 
@@ -62,8 +62,10 @@ def test_best_is_the_maximum_of_the_formula() -> None:
 
 def test_a_larger_tree_is_tried_now_and_then() -> None:
     size = taught(CHEAP, 0.5)
-    asked = [size.rows(1) for _ in range(3 * PROBE)]
-    assert asked.count(31) == len(asked) - 3 and asked.count(62) == 3
+    asked = [size.rows(1) for _ in range(PROBE + 2 * LARGER)]
+    assert asked.count(31) == len(asked) - 3
+    larger = [at + 1 for at, nodes in enumerate(asked) if nodes == 62]
+    assert larger == [PROBE, PROBE + LARGER, PROBE + 2 * LARGER]
 
 
 def test_tries_that_fail_become_rare() -> None:
