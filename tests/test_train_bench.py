@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,13 @@ def test_a_row_compares_in_turn() -> None:
     low, high = found["ratio_of_rounds"]
     assert low <= high and "packed documents" in train_cpu.line(found)
     assert found["products_alone_s"] > 0
+
+
+def test_the_products_of_a_step_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each size takes one second: seven projections in each of two layers, and the head."""
+    ticks = itertools.count()
+    monkeypatch.setattr(train_cpu.time, "perf_counter", lambda: float(next(ticks)))
+    assert train_cpu.products_alone(TASK, "float32") == 15.0
 
 
 def test_the_gpu_step_trains_and_counts() -> None:

@@ -43,13 +43,17 @@ class Journal:
             return None
         return saved if isinstance(saved, dict) and saved.get("asked") == self.asked else None
 
+    def forget(self) -> None:
+        """Nothing was done: before the files that an older journal speaks of become others."""
+        self.path.unlink(missing_ok=True)
+
     def skip(self, documents: Iterable[Document], saved: dict[str, Any]) -> Iterator[Document]:
         """The documents that are not in yet. UserError where those before are other ones."""
         rest = iter(documents)
         while self.documents < saved["documents"] and (document := next(rest, None)) is not None:
             self.add(document)
         if (self.documents, self._hash.hexdigest()) != (saved["documents"], saved["sha256"]):
-            self.path.unlink()
+            self.forget()
             raise UserError(
                 "the texts are not those of the packing that was cut short here: what it left is "
                 "given up, run the same command again to begin anew"

@@ -155,6 +155,8 @@ def pack(
             if saved:
                 note(f"going on behind {saved['documents']:,} documents that are packed already")
                 documents = journal.skip(documents, saved)
+            else:
+                journal.forget()
             for document, ids in (encode or encoder.each)(documents):
                 held = _hash_share(document.split_key) < config.heldout_share
                 closed = writers["heldout" if held else "train"].add(document, ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,35 @@ def test_what_was_left_is_used_for_the_same_only(
     assert not said, "each of them begins anew"
     assert open_packed(out).identity == open_packed(tmp_path / "torn").identity
     assert open_packed(out).verify()
+
+
+def test_a_journal_does_not_outlive_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut short; with other settings cut short before a save; then as at first."""
+    out, config = tmp_path / "p", PackConfig(0.2, 100_000)
+    pack(DOCUMENTS, tmp_path / "whole", byte_encoder(), config)
+    monkeypatch.setattr(journal, "SAVE_SECONDS", -1.0)
+    with pytest.raises(Stop):
+        pack(until(50), out, byte_encoder(), config)
+    monkeypatch.setattr(journal, "SAVE_SECONDS", 1e9)
+    left = tmp_path / ".unfinished-p"
+    kept = tmp_path / "kept"
+
+    def die() -> Iterator[Document]:
+        yield from DOCUMENTS[100:]
+        shutil.copytree(left, kept)  # as a kill would leave it
+        raise Stop
+
+    with pytest.raises(Stop):
+        pack(die(), out, byte_encoder(), PackConfig(0.5, 100_000))
+    shutil.rmtree(left, ignore_errors=True)
+    kept.rename(left)
+    for split in ("train", "heldout"):  # what the dead process had not yet handed to the disk
+        for suffix in (".bin", ".starts"):
+            (left / "whole" / f"{split}_00000{suffix}").write_bytes(b"\0" * 4096)
+    pack(DOCUMENTS, out, byte_encoder(), config)
+    assert open_packed(out).identity == open_packed(tmp_path / "whole").identity
 
 
 def test_two_packings_of_one_folder_do_not_meet(tmp_path: Path) -> None:

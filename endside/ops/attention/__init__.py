@@ -8,7 +8,8 @@ from endside.ops.attention import reference, sdpa, segments, tiles, varlen
 from endside.ops.attention.packing import Packing, packing
 from endside.ops.passes import able
 
-LONGEST = 2048  # tokens of a row up to which tiles beat PyTorch's fused kernel on a CPU
+# Tokens of a row: tiles were compared at 512 (bench/train_cpu.py), and scores grow with the square.
+LONGEST = 2048
 
 
 def attend(

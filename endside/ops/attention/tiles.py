@@ -3,7 +3,7 @@
 Same meaning as reference.py. A tile of queries and the keys that it can see are two products with a
 softmax between, five backward; the core does what is between them in one pass. PyTorch's fused
 kernel spares the scores their way through memory, which on a CPU is only the cache, and multiplies
-in small blocks, which leave matrix units idle (bench/packed_attention.py).
+in small blocks, which leave matrix units idle.
 
     S = q k^T    P = softmax(S / sqrt(D))    o = P v
     dv = P^T do    dP = do v^T    dS = P (dP - rowsum(o do)) / sqrt(D)    dq = dS k    dk = dS^T q
