@@ -292,7 +292,7 @@ class _Writer:
         }  # fmt: skip
 
     def restore(self, saved: dict[str, Any]) -> bool:
-        """Go on behind what was saved; False, and nothing done, where the files are not there."""
+        """Go on behind what was saved; False where the files are not there."""
         self.closed = [build(Shard, shard, source=JOURNAL) for shard in saved["closed"]]
         width = self._dtype.itemsize
         counts = [(shard.name, shard.tokens, shard.documents) for shard in self.closed]

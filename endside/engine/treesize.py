@@ -43,7 +43,7 @@ MEMORY = 0.97  # of what is known about a node's luck, after each tree
 RECENT = 8  # guesses of one size whose time is remembered
 LARGER = 16  # passes between tries of a larger tree than the one in use
 PROBE = 32  # the same where none is in use
-RARELY = 16 * PROBE  # and where none has paid for long
+RARELY = 8 * PROBE  # and where none has paid for long
 VERSION = 1
 
 

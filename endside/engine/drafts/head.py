@@ -32,6 +32,7 @@ from endside.engine.drafts.expand import Guesses, likeliest
 from endside.errors import UserError
 from endside.formats.draft_head import LAYER, DraftHead
 from endside.model.config import ModelConfig
+from endside.native.draft import BLOCK
 from endside.native.packed import Kind, linear, pack
 from endside.ops.rope.frequencies import inverse_frequencies
 
@@ -41,7 +42,6 @@ Product = Callable[[np.ndarray], np.ndarray]  # (n, K) -> (n, N)
 SIZE = 1024  # pairs that are remembered, at most
 SLACK = 320  # rooms beyond the window: a piece of a prompt, and a tree
 PIECE = 256  # rows of a prompt at a time
-BLOCK = 64  # pairs that are forgotten together
 BITS = 64  # of Rows.above
 KINDS: dict[Bits, Kind] = {"float": "bf16", "float32": "f32", "int8": "int8", "int4": "int4"}
 GROUP = 32  # weights per scale, for a head that was not trained with others
@@ -96,7 +96,7 @@ class Window:
         self.values[:, at : at + len(keys)] = values.transpose(1, 0, 2)
 
     def slide(self, new: int) -> None:
-        """Make room for `new` rows that stay and a tree: the oldest go, in whole blocks."""
+        """Make room for `new` rows that stay and a tree: the oldest go, in blocks as the core's."""
         if self.count + new <= self.size:
             return
         gone = min(self.count, -(-(self.count + new - self.size) // BLOCK) * BLOCK)

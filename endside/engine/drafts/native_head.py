@@ -13,7 +13,6 @@ import numpy as np
 
 from endside.engine.drafts.expand import Guesses
 from endside.engine.drafts.head import (
-    BLOCK,
     GROUP,
     KINDS,
     PIECE,
@@ -27,6 +26,7 @@ from endside.engine.drafts.head import (
 from endside.formats.draft_head import LAYER, DraftHead
 from endside.model.config import ModelConfig
 from endside.native import draft
+from endside.native.draft import BLOCK
 from endside.native.packed import Packed, interleave, pack
 
 
