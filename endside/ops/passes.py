@@ -42,6 +42,18 @@ def able(*tensors: torch.Tensor) -> bool:
     )
 
 
+def flush_denormals() -> bool:
+    """Numbers below 2^-126 count as zero in every thread of PyTorch from here on; whether they do.
+
+    Gradients of attention get there, and a product of them takes several times as long. PyTorch's
+    own switch is the calling thread's: threads that it has already started do not hear of it.
+    """
+    there, _ = _core()
+    if there:
+        native.call("flush_denormals", torch.get_num_threads())
+    return torch.set_flush_denormal(True)
+
+
 def address(tensor: torch.Tensor | None) -> int:
     """Where a dense tensor begins; 0 for none."""
     if tensor is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from endside import native
 from endside.data.loader import Loader, LoaderConfig
 from endside.data.source import open_data
 from endside.errors import UserError
@@ -195,6 +196,24 @@ def test_the_live_line_tells_what_matters(cfg: PretrainConfig, open_run, quiet) 
         "0s left",
     ):
         assert part in last
+
+
+@pytest.mark.skipif(native.load() is None, reason="other threads are reached by the core")
+def test_every_thread_takes_denormal_numbers_as_zero() -> None:
+    """Those too that PyTorch has started before, each with a part of a large tensor."""
+    program = """
+import torch
+from endside.ops.passes import flush_denormals
+torch.set_num_threads(4)
+tiny = torch.full((1 << 22,), 1e-39)
+kept = (tiny * 1.0).count_nonzero().item() == len(tiny)
+flush_denormals()
+print(kept, (tiny * 1.0).view(torch.int32).count_nonzero().item())
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.split() == ["True", "0"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a switch of GNU's allocator")

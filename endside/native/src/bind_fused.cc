@@ -110,6 +110,7 @@ void softmax_backward(Address scores, Address to_weights, Address lse, Address m
 void bind_fused(nb::module_& module) {
   module.attr("fused_rows") = FUSED_ROWS;
   module.def("fused_team", &fused_team);
+  module.def("flush_denormals", &flush_denormals);
   module.def("fused_norm_forward", &norm_forward);
   module.def("fused_norm_backward", &norm_backward);
   module.def("fused_gate_forward", &gate_forward);

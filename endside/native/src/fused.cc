@@ -6,6 +6,9 @@
 #if defined(__linux__)
 #include <dlfcn.h>
 #endif
+#if defined(ENDSIDE_X86)
+#include <xmmintrin.h>
+#endif
 
 namespace endside {
 
@@ -51,6 +54,21 @@ void take(void* argument) {
   for (int64_t unit = work.next++; unit < work.units; unit = work.next++) work.fn(work.data, unit);
 }
 }  // namespace
+
+static void flush_own(void*) {
+#if defined(ENDSIDE_X86)
+  _mm_setcsr(_mm_getcsr() | 0x8040);  // results and operands
+#elif defined(ENDSIDE_NEON)
+  uint64_t control;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(control));
+  __asm__ volatile("msr fpcr, %0" ::"r"(control | (uint64_t{1} << 24)));
+#endif
+}
+
+void flush_denormals(int threads) {
+  if (threads > 1 && fused_team()) parallel()(flush_own, nullptr, static_cast<unsigned>(threads), 0);
+  flush_own(nullptr);
+}
 
 void run_fused(int64_t units, int threads, void (*fn)(const void*, int64_t), const void* data) {
   Work work;
