@@ -7,6 +7,8 @@ else (GPUs, float64, sharded tensors, a package without its core) goes PyTorch's
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -42,16 +44,25 @@ def able(*tensors: torch.Tensor) -> bool:
     )
 
 
-def flush_denormals() -> bool:
-    """Numbers below 2^-126 count as zero in every thread of PyTorch from here on; whether they do.
+@contextmanager
+def denormals_as_zero() -> Iterator[None]:
+    """Meanwhile numbers below 2^-126 count as zero in every thread of PyTorch, then as before.
 
     Gradients of attention get there, and a product of them takes several times as long. PyTorch's
     own switch is the calling thread's: threads that it has already started do not hear of it.
     """
-    there, _ = _core()
-    if there:
-        native.call("flush_denormals", torch.get_num_threads())
-    return torch.set_flush_denormal(True)
+    before = not (torch.tensor([1e-39]) * 1.0).item()
+    _flush(True)
+    try:
+        yield
+    finally:
+        _flush(before)
+
+
+def _flush(wanted: bool) -> None:
+    if _core()[0]:
+        native.call("flush_denormals", torch.get_num_threads(), wanted)
+    torch.set_flush_denormal(wanted)
 
 
 def address(tensor: torch.Tensor | None) -> int:

@@ -27,7 +27,7 @@ from torch import nn
 from endside import dist
 from endside.data.loader import TokenBatch
 from endside.errors import UserError
-from endside.ops.passes import flush_denormals
+from endside.ops.passes import denormals_as_zero
 from endside.train.ema import Averages
 from endside.train.losses import LossFn
 from endside.train.optim import (
@@ -105,6 +105,7 @@ class _Training:
     team: Team
 
 
+@denormals_as_zero()
 def loop(
     model: nn.Module,
     batches: Batches,
@@ -126,7 +127,6 @@ def loop(
     if team.alone and dist.world().size > 1:
         raise UserError("this stage trains in one process: start it without torchrun")
     keep_pages()
-    flush_denormals()
     averages = Averages(model, cfg.ema) if cfg.ema else None
     optimizer = make_optimizer(model, cfg.optim)
     training = _Training(model, optimizer, batches, averages, Spikes(cfg.spikes), team)

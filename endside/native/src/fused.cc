@@ -55,19 +55,24 @@ void take(void* argument) {
 }
 }  // namespace
 
-static void flush_own(void*) {
+static void flush_own(void* wanted) {
+  const bool on = *static_cast<const bool*>(wanted);
 #if defined(ENDSIDE_X86)
-  _mm_setcsr(_mm_getcsr() | 0x8040);  // results and operands
+  constexpr unsigned BITS = 0x8040;  // results and operands
+  _mm_setcsr(on ? _mm_getcsr() | BITS : _mm_getcsr() & ~BITS);
 #elif defined(ENDSIDE_NEON)
+  constexpr uint64_t BITS = uint64_t{1} << 24;
   uint64_t control;
   __asm__ volatile("mrs %0, fpcr" : "=r"(control));
-  __asm__ volatile("msr fpcr, %0" ::"r"(control | (uint64_t{1} << 24)));
+  __asm__ volatile("msr fpcr, %0" ::"r"(on ? control | BITS : control & ~BITS));
+#else
+  (void)on;
 #endif
 }
 
-void flush_denormals(int threads) {
-  if (threads > 1 && fused_team()) parallel()(flush_own, nullptr, static_cast<unsigned>(threads), 0);
-  flush_own(nullptr);
+void flush_denormals(int threads, bool wanted) {
+  if (threads > 1 && fused_team()) parallel()(flush_own, &wanted, static_cast<unsigned>(threads), 0);
+  flush_own(&wanted);
 }
 
 void run_fused(int64_t units, int threads, void (*fn)(const void*, int64_t), const void* data) {

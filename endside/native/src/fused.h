@@ -122,9 +122,9 @@ bool fused_team();
 // fn(data, unit) for 0 <= unit < units, on up to `threads` threads of the borrowed team.
 void run_fused(int64_t units, int threads, void (*fn)(const void*, int64_t), const void* data);
 
-// From here on the calling thread and the others of a borrowed team of `threads` take numbers too
-// small for a full mantissa as zero; the processor computes with them many times slower.
-void flush_denormals(int threads);
+// Whether the calling thread and the others of a borrowed team of `threads` take numbers too small
+// for a full mantissa as zero from here on; the processor computes with them many times slower.
+void flush_denormals(int threads, bool wanted);
 
 inline int64_t units_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
