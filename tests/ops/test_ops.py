@@ -292,6 +292,28 @@ def test_a_packing_knows_its_documents() -> None:
     assert packing(packed) is packed
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rows", "way"),
+    [
+        (torch.bfloat16, [[256, 256], [100, 412]], "tiles"),
+        (torch.bfloat16, [[256, 256], [512]], "segments"),
+        (torch.float32, [[256, 256], [100, 412]], "segments"),
+        (torch.float64, [[512]], "segments"),
+    ],
+)
+def test_training_attends_the_way_that_was_measured_as_fastest(
+    dtype: torch.dtype, rows: list[list[int]], way: str
+) -> None:
+    """Tiles for short documents in bfloat16 where a gradient is taken, and what is chosen runs."""
+    need_core()
+    leaves, documents = packed_rows(rows, dtype=dtype)
+    assert attention.way(*leaves, documents) == way
+    out = attention.attend(*leaves, documents)
+    assert torch.equal(out, attention.attend(*leaves, documents, way))
+    with torch.no_grad():
+        assert attention.way(*leaves, documents) == "segments"
+
+
 def test_unknown_implementation_is_named() -> None:
     """A wrong name says which ones there are."""
     with pytest.raises(KeyError, match="reference"):

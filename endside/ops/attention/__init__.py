@@ -8,8 +8,9 @@ from endside.ops.attention import reference, sdpa, segments, tiles, varlen
 from endside.ops.attention.packing import Packing, packing
 from endside.ops.passes import able
 
-# Tokens of a row: tiles were compared at 512 (bench/train_cpu.py), and scores grow with the square.
-LONGEST = 2048
+# Tokens of a document, on average, up to which tiles are the faster way in bfloat16; in float32
+# they never are (bench/packed_attention.py).
+SHORT = 256
 
 
 def attend(
@@ -25,15 +26,26 @@ def attend(
     "sdpa" (one mask of the whole row), "segments" or "varlen" (document by document; CUDA),
     "tiles" (as products of matrices, forward and backward).
     """
-    if impl in ("reference", "sdpa") or documents is None:
+    if documents is None and impl != "reference":
+        return sdpa.attend(q, k, v)
+    impl = way(q, k, v, documents) if impl == "auto" else impl
+    if impl in ("reference", "sdpa"):
         owners = None if documents is None else packing(documents).documents
         return (reference if impl == "reference" else sdpa).attend(q, k, v, owners)
-    if impl == "varlen" or (impl == "auto" and varlen.able(q) and q.shape[1] == k.shape[1]):
-        return varlen.attend(q, k, v, documents)
-    fits = q.shape[1] == k.shape[1] <= LONGEST and q.dtype == k.dtype == v.dtype
-    if impl == "tiles" or (impl == "auto" and fits and able(q, k, v)):
-        return tiles.attend(q, k, v, documents)
-    return segments.attend(q, k, v, documents)
+    return {"varlen": varlen, "tiles": tiles, "segments": segments}[impl].attend(q, k, v, documents)
+
+
+def way(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | Packing
+) -> str:
+    """Which implementation "auto" means for such tensors, packed in documents."""
+    same = q.shape[1] == k.shape[1]
+    if same and varlen.able(q):
+        return "varlen"
+    narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    if same and narrow and able(q, k, v) and packing(documents).mean <= SHORT:
+        return "tiles"
+    return "segments"
 
 
 def attend_seen(

@@ -43,6 +43,11 @@ class Packing:
             rows[start // width].append(stop - start)
         return rows
 
+    @property
+    def mean(self) -> float:
+        """Tokens of a document, on average."""
+        return self.documents.numel() / sum(map(len, self.lengths))
+
     @cached_property
     def bounds(self) -> torch.Tensor:
         """(N + 1,) int32: where each of the N documents begins in all rows laid end to end."""
