@@ -20,6 +20,7 @@ from endside.native.packed import Packed
 
 CHUNK = 1024  # tokens per chunk of the cache
 CACHES = ("f16", "bf16", "int8")  # positions are the core's numbers
+PIECES = ("chunk", "coarse", "fine")  # of a chunk of the cache: blocks, summaries
 WANTS = {"none": 0, "last": 1, "all": 2}
 
 CacheType = Literal["f16", "bf16", "int8"]
@@ -183,10 +184,14 @@ class Model:
         """The tokens of one chunk into another: before a shared chunk is written."""
         self._core.copy_chunk(source, target)
 
-    def chunk(self, index: int) -> np.ndarray:
-        """The bytes of one chunk where they lie, uint8: to be read or filled between calls."""
+    def chunk(self, index: int) -> dict[str, np.ndarray]:
+        """The bytes of one chunk where they lie, uint8: to be read or filled between calls.
+
+        All blocks in a row (1, B); coarse and fine summaries, where there are some, of each layer
+        and key head (L * G, B), which lie apart.
+        """
         try:
-            return self._core.chunk(index)
+            return dict(zip(PIECES, self._core.chunk(index), strict=False))
         except ValueError as error:
             raise UserError(f"native {error}") from error
 

@@ -52,9 +52,10 @@ struct Sequence {
   }
 
   void store(Isa isa, int64_t count) {
-    memory = std::make_unique<Fenced<uint8_t>>(endside::chunk_bytes(shape) * chunks.size());
+    const int64_t pool = static_cast<int64_t>(chunks.size());
+    memory = std::make_unique<Fenced<uint8_t>>(endside::cache_bytes(shape, pool));
     std::memset(memory->data(), 0, memory->size());
-    cache = {shape, memory->data()};
+    cache = {shape, pool, memory->data()};
     for (int64_t t = 0; t < count; ++t) append(isa, t, t);
   }
 

@@ -128,10 +128,11 @@ struct Stored {
     for (int64_t c = text.tokens / endside::CHUNK; c >= 0; --c) {
       chunks.push_back(static_cast<int32_t>(c));
     }
-    memory = std::make_unique<Fenced<uint8_t>>(endside::chunk_bytes(shape) * chunks.size());
+    const int64_t pool = static_cast<int64_t>(chunks.size());
+    memory = std::make_unique<Fenced<uint8_t>>(endside::cache_bytes(shape, pool));
     // what is not written, the empty first slots too, is about 1: a key like any other
     std::memset(memory->data(), 0x3c, memory->size());
-    cache = {shape, memory->data()};
+    cache = {shape, pool, memory->data()};
     for (int64_t t = 0; t < text.tokens; ++t) {
       endside::append(cache, 1, {chunks.data()}, t, text.key(t, 0), &text.values[t * G * D], 0, G,
                       isa);

@@ -1,7 +1,8 @@
 """What of the native executor can be taken out of it: stored keys, and every stage's output.
 
     identity    a digest of what keys depend on, so that none is given back to another model
-    export      the chunks of a sequence, byte for byte as the core reads them
+    export      the chunks of a sequence, byte for byte as the core reads them, in pieces where
+                they lie apart
     trace       the residual stream that the core hands out; norm of the last one added here
 
 A chunk is a number of whole bytes in the layout that the instruction set wants
@@ -26,7 +27,7 @@ from endside.ops.rope.frequencies import inverse_frequencies
 if TYPE_CHECKING:
     from endside.model.config import ModelConfig
 
-LAYOUT = 2  # of a chunk's bytes
+LAYOUT = 3  # of a chunk's bytes
 SAMPLE = 4096  # bytes at the start of every buffer, in order; the rest counts by its sum
 
 
@@ -58,24 +59,27 @@ def _digest(array: np.ndarray) -> list[Any]:
 
 
 def export(model: Model, chunks: np.ndarray, tokens: int) -> dict[str, np.ndarray]:
-    """The chunks that hold `tokens` tokens: "chunk 0", … uint8, views of the cache."""
+    """The chunks that hold `tokens` tokens: "chunk 0", "coarse 0", … uint8, views of the cache."""
     used = chunks[: -(-tokens // CHUNK)]
-    return {f"chunk {number}": model.chunk(int(one)) for number, one in enumerate(used)}
+    return {
+        f"{kind} {number}": piece
+        for number, one in enumerate(used)
+        for kind, piece in model.chunk(int(one)).items()
+    }
 
 
 def fill(model: Model, chunks: np.ndarray, arrays: Mapping[str, np.ndarray], tokens: int) -> None:
     """Write what `export` gave into `chunks`; UserError where it is of another size."""
-    count = -(-tokens // CHUNK)
-    size = model.chunk(0).size
-    found = {name: (array.dtype, array.size) for name, array in arrays.items()}
-    wanted = {f"chunk {number}": (np.dtype(np.uint8), size) for number in range(count)}
-    if found != wanted:
+    room = export(model, chunks, tokens)
+    found = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    if found != {name: (array.dtype, array.shape) for name, array in room.items()}:
+        size = sum(array.nbytes for array in room.values())
         raise UserError(
-            f"{len(arrays)} pieces of a cache are given, not the {count} of {size} bytes that "
-            f"{tokens} tokens of this model take: save the session again"
+            f"{len(arrays)} pieces of a cache are given, not the {len(room)} of {size} bytes in "
+            f"all that {tokens} tokens of this model take: save the session again"
         )
-    for number in range(count):
-        model.chunk(int(chunks[number]))[:] = arrays[f"chunk {number}"]
+    for name, array in room.items():
+        array[:] = arrays[name]
 
 
 def trace(

@@ -61,6 +61,9 @@ struct Step {
   const uint8_t* part(const Row& of, int64_t head, int64_t chunk) const {
     return head_part(cache, layout, layer, head, of.span->table.chunks[chunk]);
   }
+  const uint8_t* summaries(const Row& of, int64_t head, int64_t chunk, bool fine) const {
+    return summaries_of(cache, layout, layer, head, of.span->table.chunks[chunk], fine);
+  }
 };
 
 // Floats of one running softmax, padded so that neighbours share no cache line.

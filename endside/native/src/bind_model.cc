@@ -191,9 +191,16 @@ class BoundModel {
     inputs_ = rows;
   }
 
-  // The bytes of a chunk where they lie; the array keeps this model alive.
-  nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> chunk(int32_t index) {
-    return {model_.chunk(index), {model_.chunk_size()}, nb::find(this)};
+  // The bytes of a chunk where they lie, by kind (pieces, bytes); they keep this model alive.
+  nb::list chunk(int32_t index) {
+    nb::list found;
+    for (const Pieces& each : model_.chunk(index)) {
+      const int64_t strides[] = {static_cast<int64_t>(each.stride), 1};
+      const size_t sizes[] = {each.count, each.bytes};
+      found.append(nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>(each.data, 2, sizes, nb::find(this),
+                                                                strides));
+    }
+    return found;
   }
 
   Model& model() { return model_; }

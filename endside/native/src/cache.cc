@@ -8,7 +8,7 @@
 
 namespace endside {
 
-static size_t padded(int64_t bytes) { return (static_cast<size_t>(bytes) + 63) / 64 * 64; }
+static size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static Cell cell_of(CacheType type) { return static_cast<Cell>(static_cast<int32_t>(type)); }
 
@@ -23,26 +23,46 @@ CacheLayout::CacheLayout(const CacheShape& shape, Order lie) : order(lie) {
   values = keys + half;
   key_scales = keys + CHUNK_BLOCKS * block_bytes;
   value_scales = key_scales + scales;
-  fine = value_scales + scales;
-  const int64_t slot = shape.summaries ? width * cell_bytes(summary_cell) : 0;
-  coarse = fine + static_cast<size_t>(FINE_SLOTS * slot);
-  // vectors may read up to 64 bytes past the last row
-  head_bytes = padded(static_cast<int64_t>(coarse) + COARSE_SLOTS * slot + 64);
+  head_bytes = padded(value_scales + scales);
   layer_bytes = head_bytes * static_cast<size_t>(shape.kv_heads);
   chunk_bytes = layer_bytes * static_cast<size_t>(shape.layers);
+  const int64_t slot = shape.summaries ? width * cell_bytes(summary_cell) : 0;
+  fine_bytes = padded(static_cast<size_t>(FINE_SLOTS * slot));
+  coarse_bytes = padded(static_cast<size_t>(COARSE_SLOTS * slot));
+  parts = static_cast<size_t>(shape.layers * shape.kv_heads);
 }
 
 CacheLayout::CacheLayout(const CacheShape& shape, Isa isa)
     : CacheLayout(shape, attention_kernels(isa).order(cell_of(shape.type), shape.head_dim)) {}
 
-size_t chunk_bytes(const CacheShape& shape) {
-  return CacheLayout(shape, Order::rows).chunk_bytes;
+size_t cache_bytes(const CacheShape& shape, int64_t chunks) {
+  const CacheLayout layout(shape, Order::rows);
+  const size_t summaries = layout.summary_bytes() * layout.parts;
+  // vectors may read up to 64 bytes past the last row
+  return static_cast<size_t>(chunks) * (layout.chunk_bytes + summaries) + 64;
+}
+
+std::vector<Pieces> pieces_of(const Cache& cache, int32_t chunk) {
+  const CacheLayout layout(cache.shape, Order::rows);
+  std::vector<Pieces> pieces = {
+      {head_part(cache, layout, 0, 0, chunk), 1, layout.chunk_bytes, layout.chunk_bytes}};
+  if (!cache.shape.summaries) return pieces;
+  const size_t stride = run_chunks(cache, chunk) * layout.summary_bytes();
+  for (const bool fine : {false, true}) {
+    pieces.push_back({summaries_of(cache, layout, 0, 0, chunk, fine), layout.parts,
+                      fine ? layout.fine_bytes : layout.coarse_bytes, stride});
+  }
+  return pieces;
 }
 
 void copy_chunk(const Cache& cache, int32_t source, int32_t target) {
-  const size_t bytes = chunk_bytes(cache.shape);
-  std::memcpy(cache.base + static_cast<size_t>(target) * bytes,
-              cache.base + static_cast<size_t>(source) * bytes, bytes);
+  const std::vector<Pieces> from = pieces_of(cache, source), to = pieces_of(cache, target);
+  for (size_t kind = 0; kind < from.size(); ++kind) {
+    for (size_t i = 0; i < from[kind].count; ++i) {
+      std::memcpy(to[kind].data + i * to[kind].stride, from[kind].data + i * from[kind].stride,
+                  from[kind].bytes);
+    }
+  }
 }
 
 float pair_sum(float* x, int64_t count) {
@@ -154,12 +174,12 @@ void append(const Cache& cache, int64_t layer, Table table, int64_t position, co
     store_token(place, position, key + head * layout.width, value + head * layout.width);
     if (!cache.shape.summaries) continue;
     const int64_t end = position + 1, inside = position % CHUNK;
-    uint8_t* own = place.part(position);
     if (end % FINE_STRIDE == 0 && end >= FINE_SIZE) {
-      pool_window(place, position, FINE_SIZE, own + layout.fine, FINE_SLOTS, inside / FINE_STRIDE);
+      pool_window(place, position, FINE_SIZE, place.summaries(position, true), FINE_SLOTS,
+                  inside / FINE_STRIDE);
     }
     if (end % COARSE_STRIDE == 0 && end >= COARSE_SIZE) {
-      pool_window(place, position, COARSE_SIZE, own + layout.coarse, COARSE_SLOTS,
+      pool_window(place, position, COARSE_SIZE, place.summaries(position, false), COARSE_SLOTS,
                   inside / COARSE_STRIDE);
     }
   }

@@ -28,7 +28,7 @@ inline int64_t cell_at(Order order, int64_t row, int64_t column, int64_t columns
          column % ORDER_COLUMNS * 2 + row % 2;
 }
 
-// Offsets in bytes inside the part of one chunk that one layer and key head own.
+// Bytes inside the part of one chunk that one layer and key head own.
 struct CacheLayout {
   CacheLayout(const CacheShape& shape, Order order);
   CacheLayout(const CacheShape& shape, Isa isa);  // as that set's kernels read it
@@ -39,8 +39,10 @@ struct CacheLayout {
   size_t block_bytes;               // keys and values of one block, one after the other
   size_t keys, values;              // of the first block; further ones block_bytes later each
   size_t key_scales, value_scales;  // CHUNK float32 each, int8 only
-  size_t fine, coarse;              // with summaries only
   size_t head_bytes, layer_bytes, chunk_bytes;
+  size_t fine_bytes, coarse_bytes;  // of a chunk's summaries, which lie elsewhere; 0 without them
+  size_t parts;                     // of a chunk: layers times key heads
+  size_t summary_bytes() const { return fine_bytes + coarse_bytes; }
 };
 
 inline uint8_t* head_part(const Cache& cache, const CacheLayout& layout, int64_t layer,
@@ -48,6 +50,24 @@ inline uint8_t* head_part(const Cache& cache, const CacheLayout& layout, int64_t
   return cache.base + static_cast<size_t>(chunk) * layout.chunk_bytes +
          static_cast<size_t>(layer) * layout.layer_bytes +
          static_cast<size_t>(head) * layout.head_bytes;
+}
+
+// Chunks of the run that `chunk` is in: the last run may be shorter.
+inline size_t run_chunks(const Cache& cache, int32_t chunk) {
+  const int64_t rest = cache.chunks - chunk / RUN * RUN;
+  return static_cast<size_t>(rest < RUN ? rest : RUN);
+}
+
+// The coarse summaries of one layer and key head in a chunk, or the fine ones.
+inline uint8_t* summaries_of(const Cache& cache, const CacheLayout& layout, int64_t layer,
+                             int64_t head, int32_t chunk, bool fine) {
+  const size_t first = static_cast<size_t>(chunk / RUN * RUN);
+  const size_t inside = static_cast<size_t>(chunk % RUN), run = run_chunks(cache, chunk);
+  const size_t part = static_cast<size_t>(layer * cache.shape.kv_heads + head);
+  uint8_t* begin = cache.base + static_cast<size_t>(cache.chunks) * layout.chunk_bytes +
+                   (first * layout.parts + part * run) * layout.summary_bytes();
+  return fine ? begin + run * layout.coarse_bytes + inside * layout.fine_bytes
+              : begin + inside * layout.coarse_bytes;
 }
 
 struct AttentionKernels;
@@ -62,6 +82,9 @@ struct Place {
 
   uint8_t* part(int64_t position) const {
     return head_part(cache, layout, layer, head, table.chunks[position / CHUNK]);
+  }
+  uint8_t* summaries(int64_t position, bool fine) const {
+    return summaries_of(cache, layout, layer, head, table.chunks[position / CHUNK], fine);
   }
   // Stored keys of 16 neighbouring positions (the first a multiple of 16), one channel, as float32.
   void keys(int64_t position, int64_t channel, float* out) const;

@@ -17,12 +17,11 @@ Model::State::State(const Shape& shape, const Weights& weights, const SparseShap
       attention(attention_shape(shape, sparse)),
       limits((check_parts(shape, weights, limits), limits)),
       isa(isa),
-      cache_memory(chunk_bytes(cache_shape(shape, sparse, type)) *
-                   static_cast<size_t>(limits.chunks)),
+      cache_memory(cache_bytes(cache_shape(shape, sparse, type), limits.chunks)),
       activations(buffers_bytes(shape, weights, limits)),
       tree_memory(trees_bytes(shape, limits)),
       attention_memory(attention_bytes(shape, sparse, type, limits)),
-      cache{cache_shape(shape, sparse, type), cache_memory.data()},
+      cache{cache_shape(shape, sparse, type), limits.chunks, cache_memory.data()},
       pool(limits.threads) {
   Carver rows(activations.data());
   buffers = carve_buffers(rows, shape, weights, limits);
@@ -191,11 +190,11 @@ void Model::copy_chunk(int32_t source, int32_t target) {
   endside::copy_chunk(state.cache, source, target);
 }
 
-uint8_t* Model::chunk(int32_t index) {
+std::vector<Pieces> Model::chunk(int32_t index) {
   if (index < 0 || index >= state_->limits.chunks) {
     throw std::invalid_argument("chunk: no such chunk");
   }
-  return state_->cache.base + static_cast<size_t>(index) * chunk_size();
+  return pieces_of(state_->cache, index);
 }
 
 void Model::set_inputs(const float* rows, int64_t count) {
@@ -211,8 +210,6 @@ void Model::together(const std::function<void(Team&)>& fn) {
   std::lock_guard<std::mutex> one_at_a_time(state_->busy);
   state_->pool.run(fn);
 }
-
-size_t Model::chunk_size() const { return endside::chunk_bytes(state_->cache.shape); }
 
 const char* Model::cell_order() const {
   const CacheLayout layout(state_->cache.shape, state_->isa);

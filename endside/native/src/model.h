@@ -83,9 +83,8 @@ class Model {
   void copy_chunk(int32_t source, int32_t target);
   // Tokens behind the vocabulary: rows (count, C), which the caller keeps alive.
   void set_inputs(const float* rows, int64_t count);
-  // The bytes of one chunk, chunk_size() of them: to be read or filled between calls.
-  uint8_t* chunk(int32_t index);
-  size_t chunk_size() const;
+  // The bytes of one chunk where they lie: to be read or filled between calls.
+  std::vector<Pieces> chunk(int32_t index);
   // Its threads, lent between its own calls to what runs beside it.
   int threads() const;
   void together(const std::function<void(Team&)>& fn);

@@ -106,8 +106,7 @@ std::vector<std::pair<std::string, size_t>> Model::memory(const Shape& shape,
                                                           const SparseShape& sparse, CacheType type,
                                                           const Limits& limits) {
   check_parts(shape, weights, limits);
-  const size_t chunks = static_cast<size_t>(limits.chunks);
-  return {{"cache", chunk_bytes(cache_shape(shape, sparse, type)) * chunks},
+  return {{"cache", cache_bytes(cache_shape(shape, sparse, type), limits.chunks)},
           {"activations", buffers_bytes(shape, weights, limits)},
           {"attention", attention_bytes(shape, sparse, type, limits)},
           {"trees", trees_bytes(shape, limits)}};

@@ -53,14 +53,12 @@ static void look(const Step& step, Kernel kernel, bool fine, int64_t head, int64
   const int64_t slot_count = fine ? FINE_SLOTS : COARSE_SLOTS;
   const int64_t stride = fine ? FINE_STRIDE : COARSE_STRIDE;
   const Row& any = *rows[0];
-  const size_t at = fine ? step.layout.fine : step.layout.coarse;
-  const bool last = chunk == any.position / CHUNK;
-  const int64_t later = chunk + (fine ? FINE_AHEAD : COARSE_AHEAD);
-  const Slots slots = {step.layout.summary_cell, step.layout.order,
-                       step.part(any, head, chunk) + at,
-                       last ? nullptr : step.part(any, head, chunk + 1) + at,
-                       later > any.position / CHUNK ? nullptr : step.part(any, head, later) + at,
-                       slot_count};
+  const int64_t last = any.position / CHUNK, later = chunk + (fine ? FINE_AHEAD : COARSE_AHEAD);
+  const auto data = [&](int64_t at) {
+    return at > last ? nullptr : step.summaries(any, head, at, fine);
+  };
+  const Slots slots = {step.layout.summary_cell, step.layout.order, data(chunk), data(chunk + 1),
+                       data(later), slot_count};
   View shared[MAX_TILE];
   int64_t sharing = 0;
   for (int64_t i = 0; i < count; ++i) {

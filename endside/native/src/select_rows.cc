@@ -21,10 +21,11 @@ static void clear_totals(float* room) {
 // Inlined early: GCC takes a function that only asks for one without effect, and drops its calls.
 static inline __attribute__((always_inline)) void find_pages(
     const Step& step, const Row& row, int64_t head, int64_t chunks) {
-  const size_t end = step.layout.coarse;  // behind the fine ones
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const uint8_t* part = step.part(row, head, chunk);
-    for (size_t at = step.layout.fine; at <= end; at += PAGE) __builtin_prefetch(part + at, 0, 2);
+    const uint8_t* coarse = step.summaries(row, head, chunk, false);
+    const uint8_t* fine = step.summaries(row, head, chunk, true);
+    __builtin_prefetch(coarse, 0, 2);
+    for (size_t at = 0; at < step.layout.fine_bytes; at += PAGE) __builtin_prefetch(fine + at, 0, 2);
   }
 }
 
