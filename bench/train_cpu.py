@@ -14,7 +14,8 @@ the Trainer's process too, and says so in the result. Between its rounds of a fe
 waits while ours run, through the product's own loop, so both are measured in turn all the way. A
 step is timed from the end of the one before. The first step of either in a round is not counted.
 
-Beside each row stands what its matrix products take alone, the same ones on both sides.
+Beside each row stands what its matrix products take alone: PyTorch's, which the Trainer's step is
+made of, and in float32 on a processor with matrix tiles our own (`ops/linear/tiles.py`).
 
 Before any figure counts, the first losses of both must agree to 1e-3 (1e-2 in bfloat16): the same
 model, packing and batch. Needs the packages `transformers` and `accelerate`; without them it says
@@ -31,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
@@ -49,6 +50,8 @@ from endside.log import Progress
 from endside.model.config import ModelConfig
 from endside.model.flops import parameters
 from endside.model.transformer import Transformer
+from endside.ops.linear import tiles
+from endside.ops.passes import has_tiles
 from endside.train.loop import loop
 from endside.train.losses import LossConfig, model_batch, next_token
 from endside.train.optim import OptimConfig
@@ -307,7 +310,9 @@ def expected_loss(task: Task, dtype: Dtype) -> float:
         return next_token(LossConfig())(model, shorter).loss.item()
 
 
-def products_alone(task: Task, dtype: Dtype, repeats: int = 5) -> float:
+def products_alone(
+    task: Task, dtype: Dtype, repeats: int = 5, multiply: Callable[..., Any] = torch.mm
+) -> float:
     """Seconds that the matrix products of one step take, into memory that is there already.
 
     Three for each projection and the head; those of attention are left out.
@@ -324,13 +329,20 @@ def products_alone(task: Task, dtype: Dtype, repeats: int = 5) -> float:
         times = []
         for _ in range(repeats):
             begun = time.perf_counter()
-            torch.mm(x, weight.t(), out=y)
-            torch.mm(y, weight, out=x)
-            torch.mm(y.t(), x, out=weight)
+            multiply(x, weight.t(), out=y)
+            multiply(y, weight, out=x)
+            multiply(y.t(), x, out=weight)
             times.append(time.perf_counter() - begun)
         found[inputs, outputs] = min(times)
     head = found[width, shape.vocab_size]
     return shape.num_hidden_layers * sum(found[one] for one in layer) + head
+
+
+def own_products_alone(task: Task, dtype: Dtype) -> float | None:
+    """The same where our step makes them itself; None where it asks PyTorch."""
+    if dtype != "float32" or not has_tiles():
+        return None
+    return products_alone(task, dtype, multiply=tiles.multiply)
 
 
 def row(task: Task, dtype: Dtype, switch: bool = False) -> dict[str, Any]:
@@ -353,6 +365,7 @@ def row(task: Task, dtype: Dtype, switch: bool = False) -> dict[str, Any]:
         "ours_tokens_per_s": tokens / medians[0], "trainer_tokens_per_s": tokens / medians[1],
         "ratio": medians[1] / medians[0], "ratio_of_rounds": [min(pairs), max(pairs)],
         "products_alone_s": products_alone(task, dtype),
+        "own_products_alone_s": own_products_alone(task, dtype),
     }  # fmt: skip
 
 
@@ -360,11 +373,13 @@ def line(found: dict[str, Any]) -> str:
     """A printed row."""
     text = "packed documents" if found["document"] else "one text a row"
     low, high = found["ratio_of_rounds"]
-    shares = [found["products_alone_s"] / statistics.median(found[s]) for s in SIDES]
+    own = found["own_products_alone_s"] or found["products_alone_s"]
+    alone = (own, found["products_alone_s"])
+    shares = [part / statistics.median(found[s]) for part, s in zip(alone, SIDES, strict=True)]
     return (
         f"{found['dtype']:<9} {text:<17} {found['ours_tokens_per_s']:>9.0f} "
         f"{found['trainer_tokens_per_s']:>9.0f} {found['ratio']:>6.2f} [{low:.2f} .. {high:.2f}]"
-        f"   {found['products_alone_s']:.3f} s: {shares[0]:.0%} of ours, {shares[1]:.0%} of its"
+        f"   {alone[0]:.3f} and {alone[1]:.3f} s: {shares[0]:.0%} of ours, {shares[1]:.0%} of its"
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from endside.ops.linear.reference import linear
+from endside.ops.linear import linear
 
 MakeLinear = Callable[[int, int], nn.Module]  # (inputs, outputs) -> a projection without bias
 

@@ -22,7 +22,7 @@ from endside.model.heads import MTP
 from endside.model.linear import Linear, MakeLinear
 from endside.ops.cross_entropy.reference import cross_entropy
 from endside.ops.head_loss.fused import head_loss as fused_head_loss
-from endside.ops.linear.reference import linear
+from endside.ops.linear import linear
 from endside.ops.rope.frequencies import inverse_frequencies
 from endside.ops.rope.reference import tables
 

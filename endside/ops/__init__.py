@@ -30,7 +30,10 @@ OPS: dict[str, dict[str, str]] = {
         "reference": "endside.ops.add_norm.reference:add_norm",
         "native": "endside.ops.add_norm.native:add_norm",
     },
-    "linear": {"reference": "endside.ops.linear.reference:linear"},
+    "linear": {
+        "reference": "endside.ops.linear.reference:linear",
+        "tiles": "endside.ops.linear.tiles:linear",
+    },
     "attention": {
         "reference": "endside.ops.attention.reference:attend",
         "sdpa": "endside.ops.attention.sdpa:attend",

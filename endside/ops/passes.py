@@ -44,6 +44,11 @@ def able(*tensors: torch.Tensor) -> bool:
     )
 
 
+def has_tiles() -> bool:
+    """Whether the core multiplies float32 matrices in tiles here."""
+    return hasattr(native.load(), "product_able") and native.call("product_able", ISA)
+
+
 @contextmanager
 def denormals_as_zero() -> Iterator[None]:
     """Meanwhile numbers below 2^-126 count as zero in every thread of PyTorch, then as before.

@@ -21,7 +21,7 @@ from endside.errors import UserError
 from endside.model.config import ModelConfig
 from endside.model.linear import Linear
 from endside.model.transformer import Transformer
-from endside.ops.linear.reference import linear
+from endside.ops.linear import linear
 from endside.quant.pack import REACH, Scheme
 
 SMALLEST = 2.0**-24  # the smallest float16 above zero

@@ -25,7 +25,7 @@ from torch import nn
 from endside.atomic import atomic_folder
 from endside.errors import UserError
 from endside.model.transformer import Transformer
-from endside.ops.linear.reference import linear
+from endside.ops.linear import linear
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

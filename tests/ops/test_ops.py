@@ -16,10 +16,17 @@ from endside.ops import OPS, attention, implementation, passes
 from endside.ops.attention import sdpa, segments
 from endside.ops.attention.packing import Packing, packing
 from endside.ops.cross_entropy.reference import IGNORE
+from endside.ops.linear import tiles
 
 DIFFERENTIABLE_ONLY_IN_TORCH = {("rmsnorm", "native")}
 NEEDS_CORE = {"native", "tiles"}
-FLOAT32_ONLY = {("rmsnorm", "native"), ("add_norm", "native")}
+FLOAT32_ONLY = {("rmsnorm", "native"), ("add_norm", "native"), ("linear", "tiles")}
+
+
+@pytest.fixture(autouse=True)
+def small_products_in_tiles_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("SMALL", "THIN"):
+        monkeypatch.setattr(tiles, limit, 0)
 
 
 def _inputs(op: str, size: int) -> tuple[list[torch.Tensor], tuple]:
@@ -100,6 +107,8 @@ def test_row_matches_truth(op: str, impl: str, dtype: torch.dtype, size: int) ->
         pytest.skip("the native kernel is float32 only")
     if impl in NEEDS_CORE:
         need_core()
+    if (op, impl) == ("linear", "tiles") and not passes.has_tiles():
+        pytest.skip("this processor has no matrix tiles")
     truth = _run(op, "reference", torch.float64, size)
     plain = _run(op, "reference", dtype, size)
     fast = _run(op, impl, dtype, size)

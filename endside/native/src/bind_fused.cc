@@ -6,6 +6,7 @@
 
 #include "bind.h"
 #include "fused.h"
+#include "gemm.h"
 
 using namespace endside;
 
@@ -105,6 +106,24 @@ void softmax_backward(Address scores, Address to_weights, Address lse, Address m
   run<SoftmaxBackward, &FusedKernels::softmax_backward>(a, units, threads, isa);
 }
 
+// c (rows, columns) = a b; `inside`: a line of the factor lies side by side along the depth.
+void product(Address a, int64_t a_step, bool a_inside, Address b, int64_t b_step, bool b_inside,
+             Address c, int64_t step, int64_t rows, int64_t columns, int64_t depth, int threads,
+             const std::string& isa) {
+  const Gemm call{{at<float>(a), a_step, a_inside},
+                  {at<float>(b), b_step, b_inside},
+                  at<float>(c),
+                  step,
+                  rows,
+                  columns,
+                  depth};
+  const Isa set = choose_isa(isa);
+  nb::gil_scoped_release unlocked;
+  gemm(call, threads, set);
+}
+
+bool product_able(const std::string& isa) { return gemm_able(choose_isa(isa)); }
+
 }  // namespace
 
 void bind_fused(nb::module_& module) {
@@ -119,4 +138,6 @@ void bind_fused(nb::module_& module) {
   module.def("fused_turn", &turn);
   module.def("fused_softmax_forward", &softmax_forward);
   module.def("fused_softmax_backward", &softmax_backward);
+  module.def("fused_product", &product);
+  module.def("product_able", &product_able);
 }

@@ -15,17 +15,20 @@ No second derivative, and the gradients exist from the forward pass on: (V, C) o
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from endside.ops.cross_entropy.reference import IGNORE
+from endside.ops.linear import tiles
 from endside.ops.passes import DTYPES, able, address, narrow, run
 
 LARGE = 1 << 28  # both of the following on a GPU, which wants few large kernels
 PIECE = 1 << 21  # logits that softmax handles at once: 8 MiB in fp32, some of which stays in cache
 HELD = 1 << 25  # gradients of logits held at once
+Multiply = Callable[..., torch.Tensor]  # as torch.mm: two matrices, perhaps `out`
 _BUFFER = threading.local()
 
 
@@ -39,7 +42,8 @@ def head_loss(
         dtype = torch.get_autocast_dtype(device)
     flat = hidden.reshape(-1, hidden.shape[-1])
     in_core = able(hidden, weight) and dtype in DTYPES
-    return _HeadLoss.apply(flat, weight, targets.reshape(-1), divisor, dtype, in_core)
+    multiply = tiles.multiply if tiles.takes(flat, weight) else torch.mm
+    return _HeadLoss.apply(flat, weight, targets.reshape(-1), divisor, dtype, in_core, multiply)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -48,7 +52,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-        divisor: float, dtype: torch.dtype, in_core: bool,
+        divisor: float, dtype: torch.dtype, in_core: bool, multiply: Multiply,
     ) -> torch.Tensor:  # fmt: skip
         scaled = hidden if divisor == 1 else hidden / divisor
         states, matrix = scaled.to(dtype), weight.to(dtype)
@@ -63,11 +67,12 @@ class _HeadLoss(torch.autograd.Function):
             for start in range(0, len(states), rows):
                 part = slice(start, start + rows)
                 logits = _in_core if in_core else _in_torch
-                losses, gradient = logits(states[part], matrix, targets[part], wanted=wanted)
+                given = (states[part], matrix, targets[part])
+                losses, gradient = logits(*given, wanted=wanted, multiply=multiply)
                 total += losses.sum()
                 if wanted:
-                    torch.mm(gradient, matrix, out=to_states[part])
-                    product = gradient.t() @ states[part]
+                    multiply(gradient, matrix, out=to_states[part])
+                    product = multiply(gradient.t(), states[part])
                     if to_matrix is None:
                         to_matrix = product.to(weight.dtype)
                     else:
@@ -88,15 +93,16 @@ class _HeadLoss(torch.autograd.Function):
             to_hidden = to_hidden * (scale / ctx.divisor).to(ctx.like)
         if scale.device.type != "cpu" or scale.item() != 1:
             to_matrix = to_matrix * scale.to(to_matrix.dtype)
-        return to_hidden, to_matrix, None, None, None, None
+        return to_hidden, to_matrix, None, None, None, None, None
 
 
 def _in_core(
-    states: torch.Tensor, matrix: torch.Tensor, targets: torch.Tensor, *, wanted: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    states: torch.Tensor, matrix: torch.Tensor, targets: torch.Tensor, *, wanted: bool,
+    multiply: Multiply,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As below; the logits become the gradients in place, in one buffer kept for the next call."""
     logits = _kept(len(states) * len(matrix), states.dtype).view(len(states), len(matrix))
-    torch.mm(states, matrix.t(), out=logits)
+    multiply(states, matrix.t(), out=logits)
     losses, targets = torch.empty(len(states)), targets.contiguous()
     if int(targets.max()) >= len(matrix):
         raise IndexError(f"target {int(targets.max())} is outside of {len(matrix)} logits")
@@ -114,8 +120,9 @@ def _kept(numbers: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _in_torch(
-    states: torch.Tensor, matrix: torch.Tensor, targets: torch.Tensor, *, wanted: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    states: torch.Tensor, matrix: torch.Tensor, targets: torch.Tensor, *, wanted: bool,
+    multiply: Multiply,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """states (n, C), matrix (V, C) -> losses (n), d loss / d logits (n, V), zero where ignored."""
     wide = torch.float64 if states.dtype == torch.float64 else torch.float32
     losses = torch.empty(len(states), dtype=wide, device=states.device)
@@ -126,7 +133,7 @@ def _in_torch(
         part = slice(start, start + rows)
         counted = targets[part] != IGNORE
         goals = torch.where(counted, targets[part], 0)[:, None]
-        logits = (states[part] @ matrix.t()).to(wide)
+        logits = multiply(states[part], matrix.t()).to(wide)
         p = logits.softmax(-1)
         top, where = logits.max(-1, keepdim=True)
         log_z = top - p.gather(1, where).log()
