@@ -1,7 +1,7 @@
 """Our training step against the plain baseline: `transformers` Trainer on the same model and batch.
 
     python bench/train_cpu.py [--quick] [--rounds 4] [--threads 2] [--dtypes bfloat16,float32]
-                              [--switch]
+                              [--switch] [--isa avx512]
 
 One Llama shape of 32 M parameters, the same start in both, the same packed batches: rows of 512
 tokens that hold several documents, which must not see each other (the Trainer is told by their
@@ -16,6 +16,9 @@ step is timed from the end of the one before. The first step of either in a roun
 
 Beside each row stands what its matrix products take alone: PyTorch's, which the Trainer's step is
 made of, and in float32 on a processor with matrix tiles our own (`ops/linear/tiles.py`).
+
+`--isa` gives our passes and products an older instruction set, as on a processor without tiles
+(PyTorch's own choices stay); it goes into the result.
 
 Before any figure counts, the first losses of both must agree to 1e-3 (1e-2 in bfloat16): the same
 model, packing and batch. Needs the packages `transformers` and `accelerate`; without them it says
@@ -50,8 +53,8 @@ from endside.log import Progress
 from endside.model.config import ModelConfig
 from endside.model.flops import parameters
 from endside.model.transformer import Transformer
+from endside.ops import passes
 from endside.ops.linear import tiles
-from endside.ops.passes import has_tiles
 from endside.train.loop import loop
 from endside.train.losses import LossConfig, model_batch, next_token
 from endside.train.optim import OptimConfig
@@ -340,7 +343,7 @@ def products_alone(
 
 def own_products_alone(task: Task, dtype: Dtype) -> float | None:
     """The same where our step makes them itself; None where it asks PyTorch."""
-    if dtype != "float32" or not has_tiles():
+    if dtype != "float32" or not passes.has_tiles():
         return None
     return products_alone(task, dtype, multiply=tiles.multiply)
 
@@ -391,6 +394,7 @@ def main() -> int:
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--quick", action="store_true", help="one round, bfloat16, packed only")
     parser.add_argument("--switch", action="store_true", help="the Trainer keeps pages as we do")
+    parser.add_argument("--isa", default="auto", help="instruction set of our passes")
     parser.add_argument("--trainer", help=argparse.SUPPRESS)  # the other process
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/train_cpu.json")
     flags = parser.parse_args()
@@ -399,6 +403,7 @@ def main() -> int:
         print(f"train_cpu: nothing to compare with, install {' and '.join(missing)}")
         return 0
     torch.set_num_threads(flags.threads)
+    passes.ISA = flags.isa
     if flags.trainer:
         asked = json.loads(flags.trainer)
         task = build(Task, asked.pop("task"), source="--trainer")
@@ -420,8 +425,8 @@ def main() -> int:
     import transformers
 
     report = {
-        "machine": machine(), "transformers": transformers.__version__, "parameters": count,
-        "shape": asdict(SHAPE), "rows": rows,
+        "machine": machine(), "isa": flags.isa, "transformers": transformers.__version__,
+        "parameters": count, "shape": asdict(SHAPE), "rows": rows,
     }  # fmt: skip
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     flags.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
