@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.attend_cpu import machine
 from endside.data import corpus
 from endside.data.bands import Band, Bands
 from endside.data.loader import Loader, LoaderConfig, Source
@@ -42,7 +46,7 @@ def main() -> None:
     """Pack, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12, help="timed training steps of each kind")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=HERE / "results" / "data_reader.json")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
@@ -70,9 +74,10 @@ def main() -> None:
             )
         )
     print("padding by band:", report["bands"]["padding"])
-    machine = {"machine": platform.processor() or platform.machine(), "threads": flags.threads}
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps({**machine, **report}, indent=1) + "\n", encoding="utf-8")
+    flags.out.write_text(
+        json.dumps({"machine": machine(), **report}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def packed(folder: Path) -> list[Packed]:

@@ -6,11 +6,24 @@
                           (`ops.head_loss`), and the head's gradient, which is made beside them
     copies                bfloat16 weights that autocast keeps until the end of the step
     gathered              fsdp: what is outside the blocks, two blocks and the gradient of one
+    working               gradients of what one block keeps, while the backward pass is in it
 
-The peak is the worse of two moments: logits, with all activations and the moments behind them; and
-the end of the backward pass, with all gradients. Time is work over the rate of large products, plus
-what norms, gates, residuals and the optimiser move through memory, plus messages: fsdp hides its
-own behind work, sums of tensor parallelism and of replicas come on top.
+The peak is the worst of three moments: logits, with all activations and the moments behind them;
+the start of the backward pass, in the last block; its end, with all gradients. Holes between blocks
+of memory are not counted: `RESERVE` is what they, and the runtime, may take.
+
+The time of a step is a sum, each part over a rate of its own, because one does not run beside the
+other:
+
+    products     6 operations a weight and token, 8 where a forward pass is done again
+    attention    7 products of queries and visible keys, rows taken as one text each
+    memory       what is kept passes four times (written, read, its gradient written and read), in
+                 PyTorch's chain of operations twice that; logits; 40 bytes a parameter of norm,
+                 clipping and optimizer, and the casts of bfloat16; all at the rate of one pass
+
+Messages come on top where the work waits for them (sums of tensor parallelism and of replicas) and
+count only if they are longer than the work where it does not (fsdp). What an operation costs before
+it does anything is left out, so models of a few thousand weights are slower than the forecast.
 """
 
 from __future__ import annotations
@@ -19,15 +32,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from endside.model.config import ModelConfig
-from endside.model.flops import parameters, training_flops
+from endside.model.flops import attention_flops, parameters
 from endside.ops.head_loss.fused import LARGE
 from endside.train.parallel import ParallelConfig
 
-# How often a saved value passes through memory in all: written, read again forward and backward,
-# and its gradient written and read.
-PASSES = 5
-OPTIMIZER_BYTES = 28  # a parameter's step reads four float32 values and writes three
-RESERVE = 0.08  # share of a device's memory lost to the runtime, the context and fragments
+# How often a kept value passes through memory: in the core's passes, and in PyTorch's chain
+CORE_PASSES, CHAIN_PASSES = 4, 8
+CORE_LOGIT = 3  # passes over each logit in its own type, the core's
+CHAIN_LOGIT = 28  # bytes more where softmax is PyTorch's chain in float32
+OPTIMIZER_BYTES = 40  # a parameter: norm and clipping 12, AdamW reads four values and writes three
+CAST_BYTES = 12  # a weight's copy in bfloat16 and its gradient's way back, each batch
+# Share of memory lost to the runtime and to holes: on a GPU, and in a process on a CPU, with which
+# freed blocks stay (bench/plan_check.py).
+RESERVE, RESERVE_CPU = 0.08, 0.45
 
 
 @dataclass(frozen=True)
@@ -50,9 +67,11 @@ class Device:
 
     count: int
     memory: float  # bytes
-    flops: float  # per second, of large matrix products in the run's precision
+    flops: float  # per second, of the model's matrix products in the run's precision
+    attention: float  # operations per second of attention, forward and backward
     memory_rate: float  # bytes per second, to and from its own memory
     link_rate: float  # bytes per second, to and from other devices
+    core: bool = False  # whether what lies between products is done by the native core
 
 
 @dataclass(frozen=True)
@@ -66,14 +85,17 @@ class Bytes:
     gathered: float
     activations: float
     logits: float
+    working: float
+    block: float  # what one block keeps: of a recomputed one, until the backward pass is through it
     accumulating: bool
 
     @property
     def peak(self) -> float:
-        """The worse of the moment of the logits and the end of the backward pass."""
+        """The worst of the logits' moment, and start and end of the backward pass."""
         standing = self.weights + self.moments + self.copies + self.gathered
         early = self.gradients if self.accumulating else 0.0
-        return standing + max(early + self.activations + self.logits, self.gradients)
+        begun = early + self.activations + max(self.logits, self.working)
+        return standing + max(begun, self.gradients + self.block + self.working)
 
 
 @dataclass(frozen=True)
@@ -81,6 +103,7 @@ class Seconds:
     """One optimiser step, by what it waits for."""
 
     products: float
+    attention: float
     memory: float
     hidden: float  # messages that run beside the work
     exposed: float  # messages that the work waits for
@@ -88,7 +111,7 @@ class Seconds:
     @property
     def step(self) -> float:
         """The whole step."""
-        return max(self.products + self.memory, self.hidden) + self.exposed
+        return max(self.products + self.attention + self.memory, self.hidden) + self.exposed
 
 
 def data_size(work: Work, devices: int) -> int:
@@ -118,6 +141,8 @@ def memory(work: Work, devices: int) -> Bytes:
         gathered=gathered,
         activations=tokens * kept,
         logits=12 * logits + 4 * work.model.vocab_size * work.model.hidden_size,
+        working=tokens * _inside_bytes(work, split),
+        block=tokens * _block_bytes(work, split),
         accumulating=work.accumulate > 1,
     )
 
@@ -134,12 +159,17 @@ def _weights(work: Work, split: int) -> tuple[float, float]:
 def _block_bytes(work: Work, split: int) -> float:
     """Bytes a block keeps per token: around its norms, then inside attention and feed-forward."""
     model = work.model
-    width, query = model.hidden_size, model.num_attention_heads * model.head_dim
-    keys = 2 * model.num_key_value_heads * model.head_dim
-    inside = 2 * query + keys + 3 * model.intermediate_size
+    width = model.hidden_size
     # Each norm keeps its input; its output, cast once in bfloat16, serves all projections.
     each = 2 if work.bf16 else 4
-    return 8 * width + each * (2 * width + inside / split)
+    return 8 * width + each * 2 * width + _inside_bytes(work, split)
+
+
+def _inside_bytes(work: Work, split: int) -> float:
+    """Bytes per token between a block's projections: in attention and in feed-forward."""
+    model = work.model
+    heads = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
+    return (2 if work.bf16 else 4) * (heads + 3 * model.intermediate_size) / split
 
 
 def _kept_bytes(work: Work, split: int) -> float:
@@ -156,21 +186,46 @@ def time(work: Work, device: Device) -> Seconds:
     """Seconds of one optimiser step."""
     split, data = work.parallel.tensor, data_size(work, device.count)
     tokens = work.batch / data * work.seq_len * work.accumulate
-    again = 4 / 3 if work.recompute else 1.0
-    flops = tokens * training_flops(work.model, work.seq_len) * again / split
+    again = (2 + 5 + 2 * work.recompute) / 7  # products of attention
+    hidden, exposed = _messages(work, device.count, tokens)
+    return Seconds(
+        products=tokens * _product_operations(work, split) / device.flops,
+        attention=tokens * attention_operations(work.model, work.seq_len) * again / split
+        / device.attention,
+        memory=_moved(work, device, tokens) / device.memory_rate,
+        hidden=hidden / device.link_rate,
+        exposed=exposed / device.link_rate,
+    )  # fmt: skip
+
+
+def attention_operations(model: ModelConfig, length: int) -> float:
+    """Of all layers, for a trained token in rows of `length`: two products forward, five back."""
+    return 7 / 2 * attention_flops(model, max(1, length // 2))
+
+
+def _product_operations(work: Work, split: int) -> float:
+    """Of projections and head, for a trained token, on a device that holds 1 / split."""
+    counted = parameters(work.model)
+    blocks = (counted.attention + counted.feed_forward) / split + counted.mtp
+    head = (1 + work.model.mtp_layers) * work.model.vocab_size * work.model.hidden_size
+    return (8 if work.recompute else 6) * blocks + (8 if work.chunk else 6) * head
+
+
+def _moved(work: Work, device: Device, tokens: float) -> float:
+    """Bytes that pass through a device's memory between the products of a step."""
+    split, data = work.parallel.tensor, data_size(work, device.count)
     blocks, outside = _weights(work, split)
     fsdp = work.parallel.shard == "fsdp" and data > 1
     held = (blocks + outside) / (data if fsdp else 1)
-    kept = replace(work, recompute=False)
-    moved = tokens * (_kept_bytes(kept, split) * again + 12 * work.model.vocab_size) * PASSES
-    moved += OPTIMIZER_BYTES * held
-    hidden, exposed = _messages(work, device.count, tokens)
-    return Seconds(
-        products=flops / device.flops,
-        memory=moved / device.memory_rate,
-        hidden=hidden / device.link_rate,
-        exposed=exposed / device.link_rate,
-    )
+    kept = _kept_bytes(replace(work, recompute=False), split) * (1.25 if work.recompute else 1)
+    passes = CORE_PASSES if device.core else CHAIN_PASSES
+    width = 2 if work.bf16 else 4
+    logit = CORE_LOGIT * width
+    if work.chunk or not device.core:
+        logit = 2 * width + CHAIN_LOGIT
+    logits = (1 + work.model.mtp_layers) * work.model.vocab_size * logit
+    casts = CAST_BYTES * (blocks + outside) * work.accumulate if work.bf16 else 0.0
+    return tokens * (passes * kept + logits) + OPTIMIZER_BYTES * held + casts
 
 
 def _messages(work: Work, devices: int, tokens: float) -> tuple[float, float]:
@@ -195,7 +250,8 @@ def _messages(work: Work, devices: int, tokens: float) -> tuple[float, float]:
 
 def fits(work: Work, device: Device) -> bool:
     """Whether the peak leaves the reserve free."""
-    return memory(work, device.count).peak <= device.memory * (1 - RESERVE)
+    reserve = RESERVE_CPU if device.core else RESERVE
+    return memory(work, device.count).peak <= device.memory * (1 - reserve)
 
 
 def remedy(work: Work, device: Device) -> tuple[list[str], Work, Device] | None:

@@ -1,8 +1,9 @@
 """`endside plan CONFIG`: what a run would take of memory and time on N devices, before it starts.
 
 CONFIG is the TOML of a run, or a preset name such as minicpm4-8b (bfloat16, 4096 tokens a row, 8
-rows). What a device does is measured where it is this machine's processor; for a GPU it is what the
-flags say, else what is assumed of an H100, and the report says so. Nothing is trained or read.
+rows). What a device does is measured where it is this machine's processor, with the shapes of the
+run (`train.rates`); for a GPU it is what the flags say, else what is assumed of an H100, and the
+report says so. Nothing is trained or read. How time and bytes come about: `train.forecast`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
     from endside.train.pretrain import PretrainConfig
 
 GIB = 1 << 30
-# An H100 with 80 GB: large bfloat16 products reach about two thirds of the maker's 989 TFLOPS.
-ASSUMED = {"memory": 80e9, "flops": 600e12, "memory_rate": 2500e9, "link_rate": 200e9}
+# An H100 with 80 GB: large bfloat16 products reach about two thirds of the maker's 989 TFLOPS,
+# attention, whose products are smaller and have a softmax between them, half of that.
+ASSUMED = {
+    "memory": 80e9, "flops": 600e12, "attention": 300e12, "memory_rate": 2500e9,
+    "link_rate": 200e9,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,9 @@ class Plan:
     device_memory: float | None = None
     """GiB of one device."""
     tflops: float | None = None
-    """What large matrix products reach on one device, in TFLOPS."""
+    """What the model's matrix products reach on one device, in TFLOPS."""
+    attention_tflops: float | None = None
+    """What attention reaches, forward and backward; where only --tflops is given, half of that."""
     memory_bandwidth: float | None = None
     """GB/s between a device and its own memory."""
     bandwidth: float | None = None
@@ -122,6 +129,7 @@ def work_of(cfg: PretrainConfig) -> Work:
 
 
 def _device(flags: Plan, cfg: PretrainConfig) -> tuple[Device, str]:
+    from endside import native
     from endside.train.forecast import Device
 
     if flags.devices < 1:
@@ -129,42 +137,43 @@ def _device(flags: Plan, cfg: PretrainConfig) -> tuple[Device, str]:
     given = {
         "memory": flags.device_memory and flags.device_memory * GIB,
         "flops": flags.tflops and flags.tflops * 1e12,
+        "attention": _attention(flags),
         "memory_rate": flags.memory_bandwidth and flags.memory_bandwidth * 1e9,
         "link_rate": flags.bandwidth and flags.bandwidth * 1e9,
     }
     given = {name: value for name, value in given.items() if value is not None}
     if any(value <= 0 for value in given.values()):
-        raise UserError("--device-memory, --tflops and both bandwidths must be above 0")
+        raise UserError("--device-memory, both rates and both bandwidths must be above 0")
     missing = [name for name in ASSUMED if name not in given]
     if not missing:
         return Device(flags.devices, **given), "given"
-    if cfg.device == "cpu":
-        width = cfg.model.hidden_size
-        known, source = this_machine(cfg.precision, width, flags.devices), "measured here"
+    here = cfg.device == "cpu"
+    if here:
+        known, source = this_machine(cfg, flags.devices), "measured here"
     else:
         known, source = ASSUMED, "assumed of an H100"
-    return Device(flags.devices, **{**known, **given}), f"{source}: {', '.join(missing)}"
+    device = Device(flags.devices, **{**known, **given}, core=here and native.load() is not None)
+    return device, f"{source}: {', '.join(missing)}"
 
 
-def this_machine(precision: str, width: int, processes: int = 1) -> dict[str, float]:
-    """What one of `processes` gets of this machine's processor and memory, in products of `width`.
+def _attention(flags: Plan) -> float | None:
+    given = flags.attention_tflops or (flags.tflops and flags.tflops / 2)
+    return given and given * 1e12
 
-    A processor's rate falls for small matrices, so it is asked with such as the model has.
-    """
-    import torch
 
-    from endside.engine.measure import bandwidth
-    from endside.train.peak import measure
+def this_machine(cfg: PretrainConfig, processes: int = 1) -> dict[str, float]:
+    """What one of `processes` gets of this machine's processor and memory."""
+    from endside.train import rates
 
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
-    rate = bandwidth(256 << 20, torch.get_num_threads())
+    found = rates.measure(work_of(cfg), cfg.precision)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # Processes of one machine hand messages over through its memory, in and out.
     return {
         "memory": machine / processes,
-        "flops": measure(dtype, min(1024, max(128, width))) / processes,
-        "memory_rate": rate / processes,
-        "link_rate": rate / processes / 2,
+        "flops": found.products / processes,
+        "attention": found.attention / processes,
+        "memory_rate": found.memory / processes,
+        "link_rate": found.memory / processes / 2,
     }
 
 
@@ -180,7 +189,11 @@ def _check(work: Work, devices: int) -> None:
 
 
 def _parts(taken: Any) -> dict[str, float]:
-    return {name: value for name, value in asdict(taken).items() if name != "accumulating"}
+    return {
+        name: value
+        for name, value in asdict(taken).items()
+        if name not in ("accumulating", "block")
+    }
 
 
 def _remedy(work: Work, device: Device) -> dict[str, Any] | None:
@@ -201,7 +214,8 @@ def _table(report: dict[str, Any]) -> str:
         f"{run['seq_len']} tokens x {run['accumulate']} batches a step, "
         f"{'bfloat16' if run['bf16'] else 'float32'}, {run['shard']}, tensor {run['tensor']}",
         f"{device['count']} device(s): {device['memory'] / GIB:.1f} GiB, "
-        f"{device['flops'] / 1e12:.3g} TFLOPS, memory {device['memory_rate'] / 1e9:.3g} GB/s, "
+        f"{device['flops'] / 1e12:.3g} TFLOPS, attention {device['attention'] / 1e12:.3g}, "
+        f"memory {device['memory_rate'] / 1e9:.3g} GB/s, "
         f"links {device['link_rate'] / 1e9:.3g} GB/s ({device['source']})",
         "",
         "GiB on each device",
@@ -209,9 +223,9 @@ def _table(report: dict[str, Any]) -> str:
     lines += [f"  {name:<12}{value / GIB:9.2f}" for name, value in report["bytes"].items() if value]
     lines += [
         "",
-        f"step {spent['step']:.3g} s: products {spent['products']:.3g}, memory "
-        f"{spent['memory']:.3g}, messages beside them {spent['hidden']:.3g}, waited for "
-        f"{spent['exposed']:.3g}",
+        f"step {spent['step']:.3g} s: products {spent['products']:.3g}, attention "
+        f"{spent['attention']:.3g}, memory {spent['memory']:.3g}, messages beside them "
+        f"{spent['hidden']:.3g}, waited for {spent['exposed']:.3g}",
         f"{report['tokens_per_s']:,.0f} tokens/s, {report['mfu_of_products']:.0%} of what products "
         f"reach; {report['days']:.3g} days for the run",
         _verdict(report),
