@@ -85,6 +85,7 @@ class Progress:
         self._quiet_seconds = quiet_seconds
         self._last = float("-inf")
         self._shown = False
+        self._unsaid = ""  # the latest line, where it came too early to be printed
         self._view: Live | None = None
 
     def update(self, text: str) -> None:
@@ -96,7 +97,9 @@ class Progress:
             self._shown = True
         elif now - self._last >= self._quiet_seconds:
             self._stream.write(text + "\n")
-            self._last = now
+            self._last, self._unsaid = now, ""
+        else:
+            self._unsaid = text
         self._stream.flush()
 
     def board(
@@ -129,16 +132,16 @@ class Progress:
         self._shown = False
 
     def close(self, text: str = "") -> None:
-        """End the live view, leaving `text` (or what was last shown)."""
+        """End the live view, leaving `text` (or what was last shown, or held back)."""
         if self._view is not None:
             self._view.stop()
             self._view = None
-        if text:
-            self.note(text)
+        if text or self._unsaid:
+            self.note(text or self._unsaid)
         elif self._shown:
             self._stream.write("\n")
             self._stream.flush()
-        self._shown = False
+        self._shown, self._unsaid = False, ""
 
 
 def _drawn(cells: Mapping[str, str], share: float, trend: Sequence[float]) -> Table:

@@ -112,3 +112,13 @@ def test_a_curve_spans_all_bars() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_last_line_is_printed_however_early_it_came() -> None:
+    stream = io.StringIO()
+    progress = Progress(stream, quiet_seconds=3600)
+    for number in range(4):
+        progress.update(f"step {number}")
+    progress.close()
+    progress.close()
+    assert stream.getvalue() == "step 0\nstep 3\n"

@@ -53,6 +53,7 @@ class Watch:
         self._peak = peak * processes if peak else None
         self._board = board(run, start) if cfg.tensorboard and run.main else None
         self._heldout, self._losses = "", []
+        self._latest: tuple[int, dict[str, float], float] | None = None  # shown last
         self._begun = self._saved_at = self._ticked = time.monotonic()
 
     def tick(self, step: int, record: dict[str, float], *, targets: int, shape: list[int]) -> None:
@@ -66,10 +67,11 @@ class Watch:
             speed["mfu"] = round(work / seconds / self._peak, 4)
         self._write(step, {**record, **speed})
         left = (now - self._begun) / (step - self._start) * (self._cfg.steps - step)
-        self._show(step, {**record, **speed}, left)
+        self._losses = [*self._losses[1 - REMEMBERED :], record["loss"]]
+        self._latest = step, {**record, **speed}, left
+        self._show(*self._latest)
 
     def _show(self, step: int, record: dict[str, float], left: float) -> None:
-        self._losses = [*self._losses[1 - REMEMBERED :], record["loss"]]
         cells = {
             "loss": f"{record['loss']:.4f}", "held out": self._heldout,
             "lr": f"{record['learning_rate']:.2e}", "norm": f"{record['gradient_norm']:.2f}",
@@ -91,6 +93,8 @@ class Watch:
         self._write(step, values)
         if "heldout_loss" in values:
             self._heldout = f"{values['heldout_loss']:.4f}"
+            if self._latest:
+                self._show(*self._latest)
         self._ticked = time.monotonic()
 
     def _write(self, step: int, values: dict[str, float]) -> None:

@@ -183,12 +183,14 @@ def test_half_precision_products_keep_full_weights(cfg: PretrainConfig, open_run
 
 
 def test_the_live_line_tells_what_matters(cfg: PretrainConfig, open_run, quiet) -> None:
-    train(replace(cfg, eval_every=10), open_run())
+    run = open_run()
+    train(replace(cfg, eval_every=10), run)
     last = quiet.text().strip().split("\n")[-1]
+    held = curve(read_metrics(run.path / "metrics.jsonl"), "heldout_loss")[-1]
     for part in (
         "step 20/20",
         "loss ",
-        "held out ",
+        f"held out {held:.4f}",
         "lr 1.00e-03",
         "norm ",
         " tok/s",
