@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from endside.atomic import atomic_file
 from endside.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,16 +33,23 @@ class Metrics:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
+        # Unbuffered: nothing is left to be written when it is closed.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the run)
 
     def append(self, step: int, values: dict[str, Any]) -> None:
-        """Write one record; it survives the death of this process."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """Write one record; it survives the death of this process. A full disk is a UserError."""
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror or error}; free space and start the "
+                "same run again, which goes on from its newest checkpoint"
+            ) from error
 
     def sync(self) -> None:
         """Return once everything written is on the disk."""
-        self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -61,12 +69,8 @@ def keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-    rewritten = path.with_name(path.name + ".new")
-    with open(rewritten, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(rewritten, path)
+    with atomic_file(path) as file:
+        file.writelines(line.encode() for line in kept)
 
 
 def _whole_lines(path: Path) -> Iterator[str]:

@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "size": set(),
     "atomic": {"errors"},
     "config": {"errors"},
-    "log": {"errors"},
+    "log": {"atomic"},
     "dist": {"errors"},
     "shards": {"errors"},
     "checkpoint": {"shards", "atomic"},

@@ -42,6 +42,14 @@ def test_keep_until_drops_later_records_and_keeps_bytes(tmp_path: Path) -> None:
     assert not (tmp_path / "absent.jsonl").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_the_users_error_and_closing_is_quiet() -> None:
+    metrics = Metrics(Path("/dev/full"))
+    with pytest.raises(UserError, match=r"cannot write /dev/full: No space.*newest checkpoint"):
+        metrics.append(1, {"loss": 1.0})
+    metrics.close()
+
+
 def test_no_metrics_is_the_users_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no metrics in"):
         read_metrics(tmp_path / "metrics.jsonl")

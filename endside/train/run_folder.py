@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 
 from endside import config as configuration
 from endside import dist
-from endside.atomic import atomic_folder, discard, sweep, write_atomic
+from endside.atomic import atomic_file, atomic_folder, discard, sweep
 from endside.checkpoint import read_json
 from endside.errors import UserError
 from endside.log import Metrics, Progress, keep_until
@@ -145,10 +145,10 @@ class RunFolder:
         path = self.path / "config.toml"
         before = self.stored(type(config))
         if before is None:
-            write_atomic(
-                self.path / "run.json", json.dumps(_circumstances(config), indent=1) + "\n"
-            )
-            write_atomic(path, configuration.dump(config))
+            with atomic_file(self.path / "run.json") as file:
+                file.write((json.dumps(_circumstances(config), indent=1) + "\n").encode())
+            with atomic_file(path) as file:
+                file.write(configuration.dump(config).encode())
             return
         old, new = configuration.flatten(before), configuration.flatten(config)
         for key in [*new, *(key for key in old if key not in new)]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from endside.errors import UserError
+from endside.log import read_metrics
 from endside.train.run_folder import RunFolder, read_checkpoint
 
 
@@ -101,6 +102,24 @@ def test_a_full_disk_keeps_the_old_checkpoint(open_run, monkeypatch: pytest.Monk
         save(run, 6)
     assert [folder.name for folder in (run.path / "checkpoints").iterdir()] == ["step_5"]
     assert run.latest().step == 5
+
+
+def test_a_full_disk_at_the_start_is_the_users_error(
+    open_run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = open_run()
+    run.begin(0)
+    run.metrics.append(1, {"loss": 1.0})
+    monkeypatch.setattr("endside.atomic.os.fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*run.json: No space left on device"):
+        run.fix(Config())
+    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No space left on device"):
+        run.begin(0)
+    assert read_metrics(run.path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+    assert run.stored(Config) is None
 
 
 def test_the_configuration_is_fixed_at_the_start(tmp_path: Path) -> None:
