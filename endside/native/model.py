@@ -26,6 +26,14 @@ WANTS = {"none": 0, "last": 1, "all": 2}
 CacheType = Literal["f16", "bf16", "int8"]
 
 
+def cell_order(cache: CacheType, head_dim: int, isa: str) -> str:
+    """How the numbers of such a cache lie for an instruction set: "rows", or "tiles" of a product.
+
+    Tiles are read as they lie; rows are put into tiles for each query, where there are tiles.
+    """
+    return native.call("cell_order", CACHES.index(cache), head_dim, isa)
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of the model, and the muP scales."""

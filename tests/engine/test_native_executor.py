@@ -162,7 +162,7 @@ def _path(row: int) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize("kv", ["f16", "int8"])
+@pytest.mark.parametrize("kv", ["f16", "bf16", "int8"])
 def test_every_row_of_a_tree_equals_plain_decoding(sparse: Checkpoint, kv: str) -> None:
     executor = _native(sparse, quant="int4", kv=kv)
     prompt = tokens(511)

@@ -44,18 +44,17 @@ def _compare(pair: Pair, tokens: np.ndarray) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize(
-    ("kind", "group"), [("int4", 32), ("int8", 64), ("ternary", 32), ("int4", 128)]
-)
-def test_logits_over_realtext(kind: str, group: int, sparse: bool) -> None:
-    pair = build(kind, group=group, sparse=sparse)
+    ("kind", "group", "cache"),
+    [
+        ("int4", 32, "f16"), ("int8", 64, "f16"), ("ternary", 32, "f16"), ("int4", 128, "f16"),
+        ("int4", 128, "bf16"), ("int8", 32, "bf16"),
+    ],
+)  # fmt: skip
+def test_logits_over_realtext(kind: str, group: int, cache: str, sparse: bool) -> None:
+    pair = build(kind, group=group, sparse=sparse, cache=cache)
     error, divergence, clear = _compare(pair, text(LENGTH[sparse]))
     spread = "sparse" if sparse else "dense"
-    print(f"{kind} g{group} {spread}: max {error:.2e}, KL {divergence:.2e}, decided {clear:.1%}")
+    print(f"{kind} g{group} {cache} {spread}: max {error:.2e}, KL {divergence:.2e}, "
+          f"decided {clear:.1%}")  # fmt: skip
     assert clear >= 0.9, "too few positions are decided for the comparison to say anything"
     assert divergence < 1e-4
-
-
-def test_bf16_cache_is_rounded_as_the_reference_rounds() -> None:
-    pair = build("int8", group=32, sparse=True, cache="bf16")
-    error, _, clear = _compare(pair, text(LENGTH[True]))
-    assert clear >= 0.9, f"max error {error}"

@@ -53,7 +53,8 @@ class Plan:
     quant: Literal["none", "int8", "int4", "ternary"] = "none"  # weights; none: as stored
     group: Literal[32, 64, 128] = 128  # weights that share a scale
     head: Literal["auto", "none", "int8", "int4"] = "auto"  # auto: as quant; int8 if stored low
-    kv: Literal["auto", "f16", "bf16", "int8"] = "auto"  # keys and values, native; auto: f16
+    # keys and values, native; auto: f16, or bf16 where matrix tiles read it as it lies
+    kv: Literal["auto", "f16", "bf16", "int8"] = "auto"
     # instruction set, native; auto: the fastest
     isa: Literal["auto", "portable", "avx2", "avx512", "amx", "neon", "neon_i8mm"] = "auto"
     context: int | None = None  # tokens, prompt and answer together; None: the model's, if it fits

@@ -84,11 +84,11 @@ class NativeExecutor:
             native_shape(config),
             join(config, context, weights.matrices, weights.vectors, embed),
             sparse=native_sparse(config),
-            cache=cache_type(plan),
+            cache=cache_type(plan, config),
             limits=bounds,
             isa=plan.isa,
         )
-        self._embed, self._cache = embed, cache_type(plan)
+        self._embed, self._cache = embed, cache_type(plan, config)
         self._identity: str | None = None
         self.feature_layers: tuple[int, ...] = ()
         self._features: dict[int, np.ndarray] = {}

@@ -22,7 +22,7 @@ from endside.engine.executors.native_weights import (
     norms,
 )
 from endside.errors import UserError
-from endside.native.model import CHUNK, Limits, Model
+from endside.native.model import CHUNK, CacheType, Limits, Model, cell_order
 
 if TYPE_CHECKING:
     from endside.engine.executors import Plan
@@ -74,9 +74,14 @@ def limits(plan: Plan, context: int, threads: int) -> Limits:
     return Limits(rows=ROWS, trees=TREES, context=context, chunks=chunks, threads=threads)
 
 
-def cache_type(plan: Plan) -> str:
-    """auto: half precision, whose error is far below that of any 4-bit weight."""
-    return "f16" if plan.kv == "auto" else plan.kv
+def cache_type(plan: Plan, config: ModelConfig) -> CacheType:
+    """auto: bfloat16 where matrix tiles read it as it lies, else half precision.
+
+    The error of either is far below that of any 4-bit weight; it is speed that decides.
+    """
+    if plan.kv != "auto":
+        return plan.kv
+    return "bf16" if cell_order("bf16", config.head_dim, plan.isa) == "tiles" else "f16"
 
 
 def memory(
@@ -91,7 +96,7 @@ def memory(
     """Bytes for one context length; `shapes`: of the packed matrices (`native_weights.shapes`)."""
     bounds = limits(plan, context, threads)
     empty = join(config, context, dict(shapes), dict.fromkeys(norms(config)), None)
-    how = {"sparse": native_sparse(config), "cache": cache_type(plan), "limits": bounds}
+    how = {"sparse": native_sparse(config), "cache": cache_type(plan, config), "limits": bounds}
     taken = Model.memory(native_shape(config), empty, **how)
     parts = {"attention": ("qkv", "output"), "feed-forward": ("gate_up", "down")}
     weights = {
@@ -104,7 +109,7 @@ def memory(
         context=context,
         capacity=bounds.chunks * CHUNK,
         recipe=recipe,
-        cache_type=cache_type(plan),
+        cache_type=cache_type(plan, config),
         weights=weights,
         working=taken,
         cache_per_token=taken["cache"] // (bounds.chunks * CHUNK),

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "bind.h"
+#include "cache_layout.h"
 #include "model.h"
 
 using namespace endside;
@@ -247,7 +248,17 @@ static std::vector<std::string> plan(const nb::tuple& shape, const nb::tuple& we
                      limits_from(limits));
 }
 
+// How the cells of a cache lie for an instruction set's kernels: "rows" or "tiles".
+static const char* cell_order(int type, int64_t head_dim, const std::string& isa) {
+  CacheShape shape;
+  shape.layers = shape.kv_heads = 1;
+  shape.head_dim = head_dim;
+  shape.type = static_cast<CacheType>(type);
+  return CacheLayout(shape, choose_isa(isa)).order == Order::tiles ? "tiles" : "rows";
+}
+
 void bind_model(nb::module_& module) {
+  module.def("cell_order", &cell_order);
   nb::class_<BoundModel>(module, "Model")
       .def(nb::init<const nb::tuple&, const nb::tuple&, const nb::tuple&, int, const nb::tuple&,
                     const std::string&>(),
