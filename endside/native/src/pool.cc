@@ -16,7 +16,7 @@
 
 namespace endside {
 
-static constexpr std::chrono::microseconds PAUSING{20}, SPINNING{100};
+static constexpr std::chrono::microseconds PAUSING{20}, SPINNING{1000};
 static constexpr int PAUSES = 16;  // between two looks at the clock, which costs as much as one
 
 static inline void pause_processor() {
