@@ -33,7 +33,8 @@ void prepare_query(const HeadShape& shape, const float* q, float factor, float* 
   }
 }
 
-constexpr int64_t LINES_A_TILE = 8, LINES_A_HEAD = 16;  // asked for while a block is worked on
+// Lines asked for with each tile and each head of a block, with each tile of summaries.
+constexpr int64_t LINES_A_TILE = 8, LINES_A_HEAD = 16, SLOT_LINES_A_TILE = 8;
 
 // Scores s (2 I, 64) of one query, by terms -> weights as a left side; the running peak and total
 // are moved on, and factor (I) is what earlier sums are to be multiplied by.
@@ -148,23 +149,33 @@ void attend_block(const HeadShape& shape, const Block& block, const Query* queri
   }
 }
 
-// Scores of views by tiles: s (2 I, slots) by terms, then added.
+// Scores of views by tiles: s (2 I, slots) by terms.
 class SlotScores {
  public:
   SlotScores(const HeadShape& shape, const Slots& slots)
       : shape_(shape), slots_(slots), rows_(shape.heads),
-        later_(slots.later, slots.slots * shape.width * 2) {}
+        later_(slots.order == Order::tiles ? slots.later : nullptr,
+               slots.slots * shape.width * 2) {}
 
-  const float* of(const View& view) {
+  // (head, slot) -> the scores of LANES slots, both terms added.
+  auto of(const View& view) {
     const bool own = view.extra_count > 0;
     if (!ready_ || (own && right_.planes != planes_)) lay_out(own);
     ready_ = !own;
     for (int64_t i = 0; i < view.extra_count; ++i) replace(view.extras[i]);
     tile_multiply(rows_, view.q, right_, s_, slots_.slots);
     right_.later = nullptr;
-    const int64_t count = shape_.heads * slots_.slots;
-    for (int64_t i = 0; i < count; i += LANES) store(s_ + i, add(load(s_ + i), load(s_ + count + i)));
-    return s_;
+    const float *high = s_, *low = s_ + shape_.heads * slots_.slots;
+    return [=, slots = slots_.slots](int64_t head, int64_t slot) {
+      const int64_t at = head * slots + slot;
+      return add(load(high + at), load(low + at));
+    };
+  }
+  // What is left to ask for, in `parts` equal parts.
+  auto rest(int64_t parts) {
+    const int64_t tiles = shape_.width / TILE_DEPTH * slots_.slots / TILE_COLUMNS;
+    const int64_t lines = tiles * (TILE_BYTES / 64 - SLOT_LINES_A_TILE) / parts;
+    return [this, lines] { later_.ask(lines); };
   }
 
  private:
@@ -176,7 +187,7 @@ class SlotScores {
     } else if (own) {
       right_ = first_rows(slots_.data, shape_.width, shape_.width, slots_.slots, planes_);
     } else {
-      right_ = as_it_lies(slots_.data, shape_.width, slots_.slots, &later_, TILE_BYTES / 64);
+      right_ = as_it_lies(slots_.data, shape_.width, slots_.slots, &later_, SLOT_LINES_A_TILE);
     }
   }
   void replace(const Extra& extra) {
@@ -212,13 +223,15 @@ void normalise(const HeadShape& shape, const Slots& slots, const View* views, in
   SlotScores scores(shape, slots);
   for (int64_t i = 0; i < count; ++i) {
     if (views[i].begin >= views[i].end) continue;
-    add_slots(shape.heads, slots.slots, views[i], scores.of(views[i]));
+    add_slots(shape.heads, slots.slots, views[i], scores.of(views[i]), scores.rest(shape.heads));
   }
 }
 
 void score(const HeadShape& shape, const Slots& slots, const View* views, int64_t count) {
   SlotScores scores(shape, slots);
-  for (int64_t i = 0; i < count; ++i) sum_heads(shape.heads, views[i], scores.of(views[i]));
+  for (int64_t i = 0; i < count; ++i) {
+    sum_heads(shape.heads, views[i], scores.of(views[i]), scores.rest(FINE_SLOTS / LANES));
+  }
 }
 
 // bf16 cells are a product's right side as they are, where they fill whole tiles.

@@ -119,12 +119,18 @@ inline void score_slots(const HeadShape& shape, const View& view, const Slots& s
   }
 }
 
+// Scores s (I, slots) as `add_slots` and `sum_heads` ask for them.
+inline auto as_rows(const float* s, int64_t slots) {
+  return [=](int64_t head, int64_t at) { return load(s + head * slots + at); };
+}
+inline void nothing_meanwhile() {}
+
 void normalise(const HeadShape& shape, const Slots& slots, const View* views, int64_t count) {
   alignas(64) float s[MAX_HEADS * FINE_SLOTS];
   for (int64_t i = 0; i < count; ++i) {
     if (views[i].begin >= views[i].end) continue;
     score_slots(shape, views[i], slots, s);
-    add_slots(shape.heads, slots.slots, views[i], s);
+    add_slots(shape.heads, slots.slots, views[i], as_rows(s, slots.slots), nothing_meanwhile);
   }
 }
 
@@ -132,7 +138,7 @@ void score(const HeadShape& shape, const Slots& slots, const View* views, int64_
   alignas(64) float s[MAX_HEADS * FINE_SLOTS];
   for (int64_t i = 0; i < count; ++i) {
     score_slots(shape, views[i], slots, s);
-    sum_heads(shape.heads, views[i], s);
+    sum_heads(shape.heads, views[i], as_rows(s, FINE_SLOTS), nothing_meanwhile);
   }
 }
 

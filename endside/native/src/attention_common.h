@@ -64,12 +64,13 @@ void finish(const HeadShape& shape, const Softmax& state, float* out) {
   }
 }
 
-template <int VECS>
-inline void slot_totals(const View& slots, const float* row, float* peak, float* total) {
+// row(v): the scores of LANES slots.
+template <int VECS, class Row>
+inline void slot_totals(const View& slots, const Row& row, float* peak, float* total) {
   Vec x[VECS];
   Vec best = nothing();
   for (int v = 0; v < VECS; ++v) {
-    x[v] = first(static_cast<int>(slots.end) - v * LANES, load(row + v * LANES), nothing());
+    x[v] = first(static_cast<int>(slots.end) - v * LANES, row(v), nothing());
     if (v * LANES < slots.begin) {
       x[v] = first(static_cast<int>(slots.begin) - v * LANES, nothing(), x[v]);
     }
@@ -79,11 +80,15 @@ inline void slot_totals(const View& slots, const float* row, float* peak, float*
   *total = fold<VECS>([&](int v) { return exp2(sub(x[v], broadcast(*peak))); });
 }
 
-// Scores s (I, slots) of a view into its normaliser.
-inline void add_slots(int64_t heads, int64_t slots, const View& view, const float* s) {
+// Scores s (I, slots) of a view into its normaliser. s(head, slot): those of LANES slots from one
+// on; meanwhile() is called once for each head, to ask memory for what is next.
+template <class Scores, class Meanwhile>
+inline void add_slots(int64_t heads, int64_t slots, const View& view, const Scores& s,
+                      const Meanwhile& meanwhile) {
   alignas(64) float peak[MAX_HEADS] = {}, total[MAX_HEADS] = {};
   for (int64_t head = 0; head < heads; ++head) {
-    const float* row = s + head * slots;
+    const auto row = [&](int v) { return s(head, v * LANES); };
+    meanwhile();
     if (slots == COARSE_SLOTS) {
       slot_totals<COARSE_SLOTS / LANES>(view, row, peak + head, total + head);
     } else {
@@ -93,13 +98,17 @@ inline void add_slots(int64_t heads, int64_t slots, const View& view, const floa
   merge_totals(heads, view.totals, view.totals + MAX_HEADS, peak, total);
 }
 
-// Scores s (I, 64) of a view -> its sums over the heads of weights.
-inline void sum_heads(int64_t heads, const View& view, const float* s) {
+// Scores s (I, 64) of a view -> its sums over the heads of weights; s and meanwhile as above, once
+// for each LANES slots.
+template <class Scores, class Meanwhile>
+inline void sum_heads(int64_t heads, const View& view, const Scores& s,
+                      const Meanwhile& meanwhile) {
   for (int64_t at = 0; at < FINE_SLOTS; at += LANES) {
     Vec sum = zero();
+    meanwhile();
     for (int64_t head = 0; head < heads; ++head) {
       // a coarse normaliser may be below a fine logit, so the exponent may be positive
-      const Vec x = sub(load(s + head * FINE_SLOTS + at), broadcast(view.lse[head]));
+      const Vec x = sub(s(head, at), broadcast(view.lse[head]));
       sum = add(sum, exp2(min(x, broadcast(127.0f))));
     }
     sum = first(static_cast<int>(view.end - at), sum, zero());

@@ -66,6 +66,14 @@ struct Step {
   }
 };
 
+// Asks for memory that a lone row reads at once, into the second-level cache. Inlined early: GCC
+// takes a function that only asks for one without effect, and drops its calls.
+inline __attribute__((always_inline)) void ask(const void* from, size_t bytes, size_t step = 64) {
+  const char* begin = static_cast<const char*>(from);
+  for (size_t at = 0; at < bytes; at += step) __builtin_prefetch(begin + at, 0, 2);
+}
+constexpr size_t PAGE = 4096;  // bytes, where a huge one is not one to the processor
+
 // Floats of one running softmax, padded so that neighbours share no cache line.
 inline int64_t softmax_floats(const HeadShape& heads) {
   return 2 * MAX_HEADS + heads.heads * heads.stride;
@@ -96,6 +104,8 @@ struct Chooser {
   float* block_scores;  // (blocks)
   float* edges;         // (chunks)
 };
+// Asks for the first coarse summaries that a lone chooser is going to read.
+void begin_choice(const Step& step, const Row& row, int64_t head);
 // A chunk of summaries more for the normalisers of choosers that look at it.
 void normalise_chunk(const Step& step, const Chooser* choosers, int64_t count, int64_t head,
                      int64_t chunk);

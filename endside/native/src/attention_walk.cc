@@ -17,7 +17,9 @@ void clear(const HeadShape& heads, const Softmax& state) {
 
 constexpr int64_t NO_BLOCK = std::numeric_limits<int64_t>::max();
 
-constexpr int64_t BLOCKS_AHEAD = 2;  // from the next block to the one that memory is asked for
+// From the next block to the one that memory is asked for, and to the one whose pages are found: a
+// request that waits for its page holds up those behind it.
+constexpr int64_t BLOCKS_AHEAD = 2, PAGES_AHEAD = 4;
 
 // How far each row has come.
 struct Cursor {
@@ -83,6 +85,12 @@ void walk(const Step& step, const Walk& work, const OwnRoom& own) {
   // from here on a tree's rows see different keys
   const int64_t tail = span.parents ? span.start / BLOCK : NO_BLOCK;
   int64_t block = cursor.lowest();
+  for (int64_t i = 0; work.count == 1 && i <= PAGES_AHEAD; ++i) {
+    const int64_t early = cursor.after(0, i);
+    if (early >= tail) break;
+    ask(stored_block(step, work.rows[0], work.head, early).keys, step.layout.block_bytes,
+        i <= BLOCKS_AHEAD ? 64 : PAGE);
+  }
   while (block != NO_BLOCK) {
     Query queries[MAX_TILE];
     int64_t met[MAX_TILE], count = 0;
@@ -105,6 +113,12 @@ void walk(const Step& step, const Walk& work, const OwnRoom& own) {
       }
       // many rows have work enough between two blocks
       const int64_t ahead = work.count == 1 ? cursor.after(0, BLOCKS_AHEAD) : NO_BLOCK;
+      // the pages of all blocks in turn are found by the processor itself
+      const bool jumps = work.count == 1 && work.blocks[0].list;
+      const int64_t far = jumps ? cursor.after(0, PAGES_AHEAD) : NO_BLOCK;
+      if (far < tail) {
+        ask(stored_block(step, work.rows[0], work.head, far).keys, step.layout.block_bytes, PAGE);
+      }
       if (ahead < tail) {
         stored.later = stored_block(step, work.rows[0], work.head, ahead).keys;
         stored.later_bytes = static_cast<int64_t>(step.layout.block_bytes);

@@ -5,6 +5,7 @@
 // Slot s of the fine summaries ends with token 16 s + 15, slot s of the coarse ones with 64 s + 63;
 // slot 0 is empty. So a row at position p sees slots 1 .. (p + 1) / 16 - 1, and block B is touched
 // by slots 4 B .. 4 B + 4, the last of which may lie in the next chunk.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -13,7 +14,10 @@
 
 namespace endside {
 
-constexpr int64_t FINE_AHEAD = 8, COARSE_AHEAD = 24;  // chunks: memory is asked for them meanwhile
+// Chunks: memory is asked for them meanwhile. As many bytes of both kinds, because behind the last
+// coarse summaries come the first fine ones.
+constexpr int64_t KINDS = FINE_SLOTS / COARSE_SLOTS;
+constexpr int64_t FINE_AHEAD = 4, COARSE_AHEAD = FINE_AHEAD * KINDS;
 
 static int64_t local_blocks(const SparseShape& sparse) {
   return sparse.window_blocks + (sparse.selection_41 ? 1 : 0);
@@ -45,6 +49,22 @@ int64_t score_chunks(const Step& step, const Row& row) {
   return first_local(row, step.shape.sparse) / CHUNK_BLOCKS + 1;
 }
 
+// Part of the first fine summaries, as large as the coarse ones of a chunk, or null behind the end.
+static const uint8_t* fine_start(const Step& step, const Row& row, int64_t head, int64_t part) {
+  const int64_t chunk = part / KINDS;
+  if (chunk > row.position / CHUNK) return nullptr;
+  return step.summaries(row, head, chunk, true) +
+         static_cast<size_t>(part % KINDS) * step.layout.coarse_bytes;
+}
+
+void begin_choice(const Step& step, const Row& row, int64_t head) {
+  if (!step.shape.sparse.coarse_lse) return;
+  const int64_t chunks = std::min(COARSE_AHEAD, normaliser_chunks(step, row));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    ask(step.summaries(row, head, chunk, false), step.layout.coarse_bytes);
+  }
+}
+
 // The choosers of a chunk with views of it: each alone if it has extras of its own there, the others
 // together.
 template <class Kernel>
@@ -57,8 +77,11 @@ static void look(const Step& step, Kernel kernel, bool fine, int64_t head, int64
   const auto data = [&](int64_t at) {
     return at > last ? nullptr : step.summaries(any, head, at, fine);
   };
+  const uint8_t* const ahead = later > last && !fine
+                                   ? fine_start(step, any, head, later - last - 1)
+                                   : data(later);
   const Slots slots = {step.layout.summary_cell, step.layout.order, data(chunk), data(chunk + 1),
-                       data(later), slot_count};
+                       ahead, slot_count};
   View shared[MAX_TILE];
   int64_t sharing = 0;
   for (int64_t i = 0; i < count; ++i) {

@@ -7,26 +7,12 @@
 
 namespace endside {
 
-constexpr size_t PAGE = 4096;         // bytes, where a huge one is not one to the processor
 constexpr int64_t CHUNKS_AT_ONCE = 8;  // neighbouring chunks a thread takes, at most
 
 // A normaliser in the making: peak (MAX_HEADS), total (MAX_HEADS).
 static void clear_totals(float* room) {
   for (int64_t h = 0; h < MAX_HEADS; ++h) room[h] = -__builtin_inff();
   for (int64_t h = 0; h < MAX_HEADS; ++h) room[MAX_HEADS + h] = 0;
-}
-
-// Summaries lie in a page or three of every chunk, far from those of the next, and the processor
-// takes as long to find a page as to read much of it. A lone row has the pages found all at once.
-// Inlined early: GCC takes a function that only asks for one without effect, and drops its calls.
-static inline __attribute__((always_inline)) void find_pages(
-    const Step& step, const Row& row, int64_t head, int64_t chunks) {
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const uint8_t* coarse = step.summaries(row, head, chunk, false);
-    const uint8_t* fine = step.summaries(row, head, chunk, true);
-    __builtin_prefetch(coarse, 0, 2);
-    for (size_t at = 0; at < step.layout.fine_bytes; at += PAGE) __builtin_prefetch(fine + at, 0, 2);
-  }
 }
 
 void choose_tile(const Step& step, const Sizes& sizes, const OwnRoom& own, const Row* rows,
@@ -43,7 +29,7 @@ void choose_tile(const Step& step, const Sizes& sizes, const OwnRoom& own, const
     choosers[choosing++] = {rows + i, room, room + 2 * MAX_HEADS,
                             own.block_scores + i * sizes.blocks, own.edges + i * sizes.chunks};
   }
-  if (choosing == 1) find_pages(step, *choosers[0].row, head, chunks);
+  if (choosing == 1) begin_choice(step, *choosers[0].row, head);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     normalise_chunk(step, choosers, choosing, head, chunk);
   }
