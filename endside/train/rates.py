@@ -21,7 +21,7 @@ import torch
 
 from endside.model.config import ModelConfig
 from endside.ops import attention, infllm
-from endside.ops.linear.reference import linear
+from endside.ops.linear import linear
 from endside.ops.swiglu import swiglu
 from endside.train.forecast import Work, attention_operations
 from endside.train.pages import keep_pages

@@ -19,6 +19,14 @@ from endside.ops.infllm.config import SparseConfig
 from endside.quant.pack import Scheme
 from endside.quant.ternary import FakeLinear, fake_quantized
 from endside.train.losses import LossConfig, next_token, square_of_log_z
+from tests.ops.test_ops import (
+    DIFFERENTIABLE_ONLY_IN_TORCH,
+    NEEDS_CORE,
+    ROWS,
+    _inputs,
+    need_core,
+    packed_rows,
+)
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1, 1]])
 
@@ -57,11 +65,93 @@ CASES: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
 }  # fmt: skip
 
 
+CASES |= {
+    "rmsnorm-fused": (lambda x, w: implementation("rmsnorm", "fused")(x, w, 1e-5), [(3, 7), (7,)]),
+    "rope-fused": (lambda x: implementation("rope", "fused")(x, *angles()), [(2, 5, 3, 8)]),
+    "add_norm": (
+        lambda x, b, w: implementation("add_norm", "reference")(x, b, w, 0.7, 1e-5),
+        [(3, 7), (3, 7), (7,)],
+    ),
+    "head_loss": (
+        lambda x, w: implementation("head_loss", "reference")(x, w, targets(), 3.0),
+        [(2, 3, 5), (7, 5)],
+    ),
+    "head_loss-fused": (
+        lambda x, w: implementation("head_loss", "fused")(x, w, targets(), 3.0),
+        [(2, 3, 5), (7, 5)],
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_operation(name: str) -> None:
     function, shapes = CASES[name]
     inputs = [normal(*shape, seed=number) for number, shape in enumerate(shapes)]
     assert gradcheck(function, inputs, eps=1e-6, atol=1e-7, rtol=1e-5, fast_mode=True)
+
+
+DIFFERENTIABLE = [row for row in ROWS if row not in DIFFERENTIABLE_ONLY_IN_TORCH]
+
+
+@pytest.mark.parametrize(("op", "impl"), DIFFERENTIABLE, ids=map("-".join, DIFFERENTIABLE))
+def test_a_float32_gradient_has_the_slope_of_the_float64_reference(op: str, impl: str) -> None:
+    """Every row of the table, through the core where it has a pass for it."""
+    if impl in NEEDS_CORE:
+        need_core()
+    tensors, rest = _inputs(op, 37)
+    rest = tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in rest)
+    check_slopes(
+        lambda *x: implementation(op, impl)(*x, *rest),
+        lambda *x: implementation(op, "reference")(*x, *(_wide(one) for one in rest)),
+        tensors,
+    )
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "segments", "tiles"])
+@pytest.mark.parametrize("rows", [[[3, 30, 4]], [[2, 290, 5], [297]]], ids=["short", "long"])
+def test_packed_attention_has_the_slope_of_the_float64_reference(
+    impl: str, rows: list[list[int]]
+) -> None:
+    if impl in NEEDS_CORE:
+        need_core()
+    leaves, documents = packed_rows(rows)
+    check_slopes(
+        lambda *qkv: implementation("attention", impl)(*qkv, documents),
+        lambda *qkv: implementation("attention", "reference")(*qkv, documents),
+        [leaf.detach() for leaf in leaves],
+    )
+
+
+def _wide(x: object) -> object:
+    return x.double() if torch.is_tensor(x) and x.is_floating_point() else x
+
+
+def check_slopes(fast: Callable, truth: Callable, tensors: list[torch.Tensor]) -> None:
+    """Gradients of `fast` in float32 against central differences of `truth` in float64."""
+    exact = [x.float().double() for x in tensors]  # numbers that both types hold
+    leaves = [x.float().requires_grad_() for x in exact]
+    gradients = torch.autograd.grad(mixed(fast(*leaves)), leaves)
+    generator, step = torch.Generator().manual_seed(11), 1e-6
+    for number, (x, gradient) in enumerate(zip(exact, gradients, strict=True)):
+        assert gradient.abs().max() > 0
+        for _ in range(2):
+            way = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            sides = [[*exact[:number], x + sign * way, *exact[number + 1 :]]
+                     for sign in (step, -step)]  # fmt: skip
+            slope = float((mixed(truth(*sides[0])) - mixed(truth(*sides[1]))) / (2 * step))
+            part = gradient.double() * way
+            # float32 keeps seven digits of every part; differences lose half of float64's sixteen
+            near = 3e-6 * float(part.abs().sum()) + 1e-6
+            assert float(part.sum()) == pytest.approx(slope, abs=near)
+
+
+def mixed(outs: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A fixed mixture of all that is in the outputs."""
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    return sum(
+        (one.double() * torch.linspace(-1, 1 + i, one.numel()).double().view(one.shape)).sum()
+        for i, one in enumerate(outs)
+    )
 
 
 # A budget of 2 + 1 blocks of 4 tokens: most of 48 tokens are not seen.
