@@ -44,7 +44,7 @@ OPTIMIZER_BYTES = 40  # a parameter: norm and clipping 12, AdamW reads four valu
 CAST_BYTES = 12  # a weight's copy in bfloat16 and its gradient's way back, each batch
 # Share of memory lost to the runtime and to holes: on a GPU, and in a process on a CPU, with which
 # freed blocks stay (bench/plan_check.py).
-RESERVE, RESERVE_CPU = 0.08, 0.45
+RESERVE, RESERVE_CPU = 0.08, 0.5
 
 
 @dataclass(frozen=True)
