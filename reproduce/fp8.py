@@ -11,7 +11,7 @@ alone changes: the spread of FP32 over seeds. A gap inside it cannot be told fro
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,10 @@ def run(work: Path, steps: int, seeds: int) -> tuple[list[Run], dict[tuple[str, 
         for seed in range(seeds if precision == "float32" else 1):
             model = small.shape(WIDTH)
             base = small.config(work, model, steps, RATE, decay=steps // 5, seed=seed)
-            folder = work / f"steps-{steps}" / f"{precision}-{seed}"
-            curves[precision, seed] = small.train(replace(base, precision=precision), folder)
-            runs.append(Run(precision, seed, small.heldout(curves[precision, seed])))
-            progress.note(f"{precision}, seed {seed}: loss {runs[-1].loss:.4f}")
+            cfg, folder = replace(base, precision=precision), work / f"steps-{steps}"
+            name = f"{precision}-{seed}"
+            curves[precision, seed], loss = small.run(cfg, folder / name, name, progress)
+            runs.append(Run(precision, seed, loss))
     return runs, curves
 
 
@@ -107,13 +107,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of FP32")
     given = parser.parse_args()
     runs, curves = run(given.work, given.steps, given.seeds)
-    cfg = small.config(given.work, small.shape(WIDTH), given.steps, RATE)
-    tokens = given.steps * cfg.batch * cfg.seq_len
-    note = f"width {WIDTH}, two layers, {tokens:,} bytes of text a run"
-    print(note, table(runs), verdict(runs), sep="\n")
-    result = {"tokens": tokens, "width": WIDTH, "verdict": verdict(runs),
-              "runs": [asdict(one) for one in runs]}  # fmt: skip
-    small.finish(given.out, result, plot(curves, note))
+    said = table(runs), verdict(runs)
+    small.report(given, small.shape(WIDTH), runs, said, lambda note: plot(curves, note))
 
 
 if __name__ == "__main__":

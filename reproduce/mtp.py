@@ -17,7 +17,7 @@ Equal tokens, not equal work: the layer adds its own products to every training 
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,13 @@ def run(work: Path, steps: int, seeds: int) -> tuple[list[Run], dict[tuple[float
         for weight in WEIGHTS:
             base = small.config(work, shape(weight), steps, RATE, decay=steps // 5, seed=seed)
             cfg = replace(base, loss=LossConfig(mtp_weight=weight))
-            folder = work / f"steps-{steps}" / f"weight-{weight:g}-seed-{seed}"
-            curves[weight, seed] = small.train(cfg, folder)
+            name = f"weight-{weight:g}-seed-{seed}"
+            folder = work / f"steps-{steps}" / name
+            curves[weight, seed], loss = small.run(cfg, folder, name, progress)
             model = Transformer(cfg.model)
             load_model(model, read_checkpoint(folder / "checkpoints" / f"step_{steps}"))
             draft = measure(model.eval(), cfg) if weight else None
-            runs.append(Run(weight, seed, small.heldout(curves[weight, seed]), draft))
-            progress.note(f"weight {weight:g}, seed {seed}: loss {runs[-1].loss:.4f}")
+            runs.append(Run(weight, seed, loss, draft))
     return runs, curves
 
 
@@ -163,13 +163,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     runs, curves = run(given.work, given.steps, given.seeds)
-    cfg = small.config(given.work, shape(0), given.steps, RATE)
-    tokens = given.steps * cfg.batch * cfg.seq_len
-    note = f"width {WIDTH}, two layers, {tokens:,} bytes of text a run, {given.seeds} seeds"
-    print(note, table(runs), verdict(runs), sep="\n")
-    result = {"tokens": tokens, "width": WIDTH, "verdict": verdict(runs),
-              "runs": [asdict(one) for one in runs]}  # fmt: skip
-    small.finish(given.out, result, plot(curves, note))
+    said, more = (table(runs), verdict(runs)), f", {given.seeds} seeds"
+    small.report(given, shape(0), runs, said, lambda note: plot(curves, note), more=more)
 
 
 if __name__ == "__main__":

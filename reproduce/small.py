@@ -11,7 +11,8 @@ import argparse
 import json
 import platform
 import resource
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ def heldout(records: Records) -> float:
     return [record["heldout_loss"] for record in records if "heldout_loss" in record][-1]
 
 
+def run(cfg: PretrainConfig, folder: Path, name: str, progress: Progress) -> tuple[Records, float]:
+    """A training and its last held-out loss, which `progress` tells."""
+    records = train(cfg, folder)
+    progress.note(f"{name}: loss {heldout(records):.4f}")
+    return records, heldout(records)
+
+
 def branch(cfg: PretrainConfig, checkpoint: Path, decay: int) -> PretrainConfig:
     """The run that anneals `checkpoint` of `cfg` over `decay` steps."""
     schedule = replace(cfg.schedule, decay=decay)
@@ -95,6 +103,20 @@ def picture(panels: int = 1, **labels: str) -> tuple[Any, list[Any]]:
         one.set(**labels)
         one.grid(alpha=0.3)
     return figure, list(axes)
+
+
+def report(
+    given: argparse.Namespace, model: ModelConfig, runs: Sequence[Any], said: tuple[str, str],
+    draw: Callable[[str], Any], *, more: str = "",
+) -> None:  # fmt: skip
+    """Print and write a comparison of runs of `given.steps`; said: its table and its verdict."""
+    cfg = config(given.work, model, given.steps, 1.0)
+    tokens = given.steps * cfg.batch * cfg.seq_len
+    note = f"width {model.hidden_size}, two layers, {tokens:,} bytes of text a run{more}"
+    print(note, *said, sep="\n")
+    result = {"tokens": tokens, "width": model.hidden_size, "verdict": said[1],
+              "runs": [asdict(one) for one in runs]}  # fmt: skip
+    finish(given.out, result, draw(note))
 
 
 def finish(out: Path, result: dict[str, Any], figure: Any) -> None:

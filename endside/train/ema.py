@@ -18,6 +18,14 @@ from endside.errors import UserError
 from endside.train.parallel import local, placed
 
 
+def check(decay: float, export: str) -> None:
+    """UserError where `ema` is no decay, or where an average is exported that is not kept."""
+    if not 0 <= decay < 1:
+        raise UserError(f"ema is {decay}: give a decay from 0 (none) to below 1")
+    if export == "ema" and not decay:
+        raise UserError('export is "ema" but none is kept: set ema, for example to 0.999')
+
+
 class Averages:
     """One tensor beside every parameter that is trained, in its precision."""
 

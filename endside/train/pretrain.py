@@ -37,7 +37,7 @@ from endside.model.block import Block
 from endside.model.config import ModelConfig
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
-from endside.train import ema, parallel
+from endside.train import ema, parallel, spikes
 from endside.train import schedule as wsd
 from endside.train.loop import Evaluate, check_counts, loop
 from endside.train.losses import LossConfig, next_token
@@ -105,21 +105,12 @@ class PretrainConfig:
             )
 
     def _check_averages_and_starts(self) -> None:
-        if not 0 <= self.ema < 1:
-            raise UserError(f"ema is {self.ema}: it is a decay, from 0 (none) to below 1")
-        if self.export == "ema" and not self.ema:
-            raise UserError('export is "ema" but none is kept: set ema, for example to 0.999')
+        ema.check(self.ema, self.export)
+        spikes.check(self.spikes, self.checkpoint_every, self.checkpoint_seconds)
         if self.decay_from and self.init_from:
             raise UserError("decay_from continues a run and init_from begins one: give one of them")
         if self.precision == "fp8" and self.parallel.tensor > 1:
             raise UserError("precision fp8 multiplies whole matrices: use parallel.tensor = 1")
-        if self.spikes.on_spike == "rewind" and (
-            not self.checkpoint_every or self.checkpoint_seconds
-        ):
-            raise UserError(
-                'spikes.on_spike is "rewind": give checkpoint_every, and checkpoint_seconds = 0, '
-                "so that where it rewinds to does not depend on the clock"
-            )
 
 
 Config = TypeVar("Config", bound=PretrainConfig)

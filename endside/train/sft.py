@@ -47,7 +47,7 @@ from endside.formats.hf_config import Attention
 from endside.model.config import ModelConfig
 from endside.model.transformer import Transformer
 from endside.tokenizer import Tokenizer
-from endside.train import ema, lora, parallel
+from endside.train import ema, lora, parallel, spikes
 from endside.train import schedule as wsd
 from endside.train.loop import Evaluate, check_counts, loop
 from endside.train.lora import LoraConfig
@@ -101,11 +101,8 @@ class SftConfig:
 
     def __post_init__(self) -> None:
         check_counts(self)
-        if not 0 <= self.ema < 1 or (self.export == "ema" and not self.ema):
-            raise UserError(
-                f"ema is {self.ema} and export {self.export!r}: ema is a decay from 0 (none is "
-                "kept) to below 1, and must be kept to be exported"
-            )
+        ema.check(self.ema, self.export)
+        spikes.check(self.spikes, self.checkpoint_every, self.checkpoint_seconds)
         special = (self.precision == "fp8", self.lora.rank > 0, self.parallel.tensor > 1)
         if sum(special) > 1:
             raise UserError(

@@ -47,6 +47,15 @@ class SpikeConfig:
             )
 
 
+def check(spikes: SpikeConfig, checkpoint_every: int, checkpoint_seconds: float) -> None:
+    """UserError where a run would rewind to a place that depends on the clock."""
+    if spikes.on_spike == "rewind" and (not checkpoint_every or checkpoint_seconds):
+        raise UserError(
+            'spikes.on_spike is "rewind": give checkpoint_every, and checkpoint_seconds = 0, '
+            "so that where it rewinds to does not depend on the clock"
+        )
+
+
 class Spikes:
     """The window of recent steps and the number of rewinds."""
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from endside.data.document import Document
+from endside.data.loader import TokenBatch
 from endside.data.pack import PackConfig, byte_encoder, pack
 from endside.data.source import DataConfig
 from endside.log import Progress
 from endside.model.presets import preset
+from endside.train.losses import Loss, LossConfig, LossFn, next_token
 from endside.train.optim import OptimConfig
 from endside.train.pretrain import PretrainConfig
 from endside.train.run_folder import RunFolder
@@ -53,6 +57,19 @@ def small(shards: Path) -> PretrainConfig:
         schedule=ScheduleConfig(warmup=4, decay=6),
         optim=OptimConfig(learning_rate=0.01),
     )
+
+
+def dies_at(call: int) -> Callable[[LossConfig], LossFn]:
+    """A stand-in for `next_token` that is interrupted in the loss's n-th call."""
+    calls: list[int] = []
+
+    def loss_fn(model: nn.Module, batch: TokenBatch) -> Loss:
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return next_token(LossConfig())(model, batch)
+
+    return lambda _: loss_fn
 
 
 @pytest.fixture

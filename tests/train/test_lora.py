@@ -18,9 +18,9 @@ from endside.model.presets import preset
 from endside.model.transformer import Transformer
 from endside.train import lora, sft
 from endside.train.lora import LoraConfig, LoraLinear
-from endside.train.losses import LossConfig, next_token
 from endside.train.optim import OptimConfig, make_optimizer
 from endside.train.run_folder import read_checkpoint
+from tests.train.conftest import dies_at
 from tests.train.sums import small, write_start, write_sums
 
 TOKENS = torch.arange(24).view(2, 12) * 7 % 320
@@ -129,17 +129,9 @@ def test_a_run_keeps_adapters_resumes_and_merges(
         product = peft[f"{place}.lora_B.weight"] @ peft[f"{place}.lora_A.weight"]
         expected = block.mlp.up_proj.weight + scale * product
         torch.testing.assert_close(written.layers[layer].mlp.up_proj.weight, expected)
-    calls = []
-
-    def dies(model: Any, batch: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2 * 12:
-            raise KeyboardInterrupt
-        return next_token(LossConfig())(model, batch)
-
     torn = open_run("torn")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sft, "next_token", lambda _: dies)
+        patch.setattr(sft, "next_token", dies_at(2 * 12))
         sft.main(tuned, torn)
     again = sft.main(tuned, torn)
     for one, other in zip(again.parameters(), merged.parameters(), strict=True):

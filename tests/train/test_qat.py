@@ -21,12 +21,13 @@ from endside.log import read_metrics
 from endside.quant.pack import Scheme, from_arrays, stored_names
 from endside.quant.ternary import FakeLinear, fake_quantized
 from endside.train import pretrain, qat
-from endside.train.losses import LossConfig, model_batch, next_token
+from endside.train.losses import model_batch
 from endside.train.pretrain import PretrainConfig
 from endside.train.qat import QatConfig
 from endside.train.run_folder import read_checkpoint
 from endside.train.schedule import ScheduleConfig
 from endside.verbs import qat as verb
+from tests.train.conftest import dies_at
 
 
 @pytest.fixture
@@ -87,17 +88,9 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(
     chosen = low_bits(cfg, stable, checkpoint_every=5)
     with open_run("whole") as run:
         whole = qat.main(chosen, run)
-    calls = []
-
-    def dies(model: Any, batch: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2 * 7:
-            raise KeyboardInterrupt
-        return next_token(LossConfig())(model, batch)
-
     with open_run("torn") as run:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(pretrain, "next_token", lambda _: dies)
+            patch.setattr(pretrain, "next_token", dies_at(2 * 7))
             qat.main(chosen, run)
         torn = qat.main(chosen, run)
     for one, other in zip(whole.parameters(), torn.parameters(), strict=True):

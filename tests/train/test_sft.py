@@ -30,7 +30,9 @@ from endside.train.lora import LoraConfig
 from endside.train.losses import LossConfig, next_token
 from endside.train.pretrain import PretrainConfig
 from endside.train.sft import SftConfig
+from endside.train.spikes import SpikeConfig
 from endside.verbs import sft as verb
+from tests.train.conftest import dies_at
 from tests.train.processes import Nursery
 from tests.train.sums import small, write_start, write_sums
 
@@ -176,17 +178,9 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(
 ) -> None:
     whole = open_run("whole")
     records = train(tuned, whole)
-    calls = []
-
-    def dies(model: Any, batch: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2 * 12:
-            raise KeyboardInterrupt
-        return next_token(LossConfig())(model, batch)
-
     torn = open_run("torn")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sft, "next_token", lambda _: dies)
+        patch.setattr(sft, "next_token", dies_at(2 * 12))
         train(tuned, torn)
     assert train(tuned, torn) == records
     for name in ("model", "optimizer"):
@@ -332,7 +326,9 @@ def test_configurations_that_contradict_themselves(tuned: SftConfig) -> None:
     for change, part in (
         ({"steps": 0}, "steps is 0"),
         ({"eval_every": -1}, "at least 0"),
-        ({"export": "ema"}, "ema is 0.0 and export 'ema'"),
+        ({"export": "ema"}, 'export is "ema" but none is kept'),
+        ({"ema": 1.0}, "ema is 1.0"),
+        ({"spikes": SpikeConfig(on_spike="rewind")}, "does not depend on the clock"),
         ({"precision": "fp8", "lora": LoraConfig(rank=2)}, "use one of them"),
     ):
         with pytest.raises(UserError, match=part):
