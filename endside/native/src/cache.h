@@ -13,8 +13,8 @@
 // Blocks of all chunks come first, [chunk][layer][head][block], and behind them all summaries. A
 // token reads every summary but few blocks, so summaries must be one stream: those of RUN chunks
 // with neighbouring numbers lie side by side, [run][layer][head], and there first all coarse ones,
-// then all fine ones. A sequence whose chunks have ascending numbers reads them in order. Runs are no
-// longer because memory comes in huge pages: what a short sequence touches shall not lie far apart.
+// then all fine ones. A sequence whose chunks have ascending numbers reads them in order. Runs are
+// not longer because memory comes in huge pages: a short sequence should touch few.
 //
 // Means are taken in float32 over the *stored* keys (infllmv2 §2), in the order of additions of
 // ops/infllm/reference.py, and rounded to the cache type; only complete windows exist. int8 keys
