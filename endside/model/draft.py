@@ -115,11 +115,16 @@ class DraftHead(nn.Module):
         return states
 
     def guess(self, states: torch.Tensor, head: torch.Tensor | None) -> torch.Tensor:
-        """states (..., C) -> logits (..., Vd); head (Vd, C): the model's, for lack of its own."""
+        """states (..., C) -> logits (..., Vd) in float32 (float64 stays).
+
+        head (Vd, C): the model's, for lack of its own.
+        """
         if self.kind == "eagle3":
-            return self.lm_head(self.norm(states)).float()
-        assert head is not None, f"{self.kind} guesses with the model's head"
-        return (states / self.config.logit_divisor @ head.T).float()
+            logits = self.lm_head(self.norm(states))
+        else:
+            assert head is not None, f"{self.kind} guesses with the model's head"
+            logits = states / self.config.logit_divisor @ head.T
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def _step(
         self,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from endside.data.document import Document
     from endside.data.files import Tally, TextFile
 
-USE = "use: endside data pack SRC... OUT --tokenizer DIR, or endside data check DIR..."
+USE = "use: endside data pack SRC... OUT --tokenizer DIR (or bytes), or endside data check DIR..."
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from statistics import fmean
 import pytest
 
 from endside.data.document import Document
-from endside.data.pack import PackConfig, byte_encoder, pack
+from endside.data.pack import PackConfig, byte_encoder, open_packed, pack
 from endside.log import Progress, read_metrics
 from endside.model.presets import preset
-from endside.train import pretrain, qat
+from endside.train import draft, pretrain, qat
+from endside.train.draft import DraftConfig
 from endside.train.losses import LossConfig
 from endside.train.pretrain import PretrainConfig
 from endside.train.qat import QatConfig
@@ -61,15 +62,25 @@ def low_bits(folder: Path) -> QatConfig:
     return QatConfig(**values, kind="ternary", group=32)
 
 
+def head(folder: Path) -> DraftConfig:
+    """A head that drafts for the model of the dense run."""
+    base = dense(folder)
+    return DraftConfig(
+        model="given", steps=20, unroll=3, batch=4, seq_len=48, seed=3, threads=1, eval_rows=4,
+        schedule=base.schedule, optim=base.optim,
+    )  # fmt: skip
+
+
 # The allowed distance of each loss. Other machines sum in another order: 1e-3 nats. Narrower vector
 # units moved fp8 alone by nearly as much, because its other products are bfloat16; what it is held
 # to besides stands below.
-STAGES: dict[str, tuple[Callable[[Path], PretrainConfig], float]] = {
+STAGES: dict[str, tuple[Callable[[Path], PretrainConfig | DraftConfig], float]] = {
     "dense": (dense, 1e-3),
     "z": (lambda folder: replace(dense(folder), loss=LossConfig(z_weight=0.01)), 1e-3),
     "long": (long, 1e-3),
     "fp8": (lambda folder: replace(dense(folder), precision="fp8"), 3e-3),
     "qat": (low_bits, 1e-3),
+    "draft": (head, 1e-3),
 }
 
 
@@ -77,7 +88,12 @@ def losses(name: str, folder: Path) -> dict[str, list[float]]:
     """The curves of a stage's twenty steps."""
     cfg = STAGES[name][0](folder)
     with RunFolder(folder / "run", progress=Progress(quiet_seconds=60.0)) as run:
-        (qat if isinstance(cfg, QatConfig) else pretrain).main(cfg, run)
+        if isinstance(cfg, DraftConfig):
+            with RunFolder(folder / "target") as before:
+                target = pretrain.main(small(folder / "shards"), before)
+            draft.train(cfg, target, open_packed(folder / "shards"), run)
+        else:
+            (qat if isinstance(cfg, QatConfig) else pretrain).main(cfg, run)
         records = [r for r in read_metrics(run.path / "metrics.jsonl") if "loss" in r]
     keys = [key for key in ("loss", "z_loss", "visible") if key in records[0]]
     return {key: [round(record[key], 6) for record in records] for key in keys}

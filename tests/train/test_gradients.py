@@ -10,6 +10,7 @@ import torch
 from torch.autograd import gradcheck
 
 from endside.data.loader import TokenBatch
+from endside.model.draft import KINDS
 from endside.model.presets import preset
 from endside.model.transformer import Transformer
 from endside.ops import implementation
@@ -18,6 +19,9 @@ from endside.ops.infllm import attend, attend_packed, attend_stats
 from endside.ops.infllm.config import SparseConfig
 from endside.quant.pack import Scheme
 from endside.quant.ternary import FakeLinear, fake_quantized
+from endside.train import bita
+from endside.train import draft as head_drafts
+from endside.train.draft import DraftConfig
 from endside.train.losses import LossConfig, next_token, square_of_log_z
 from tests.ops.test_ops import (
     DIFFERENTIABLE_ONLY_IN_TORCH,
@@ -245,6 +249,11 @@ def test_a_loss_through_the_whole_model(config: LossConfig, recompute: bool, spa
     left = [n for n, p in model.named_parameters() if p.grad is None]
     assert all(n.startswith("mtp.") for n in left)
     assert bool(left) == (config.mtp_weight == 0)
+    check_loss(trained, lambda: loss_fn(model, data).total)
+
+
+def check_loss(trained: dict[str, torch.nn.Parameter], total: Callable[[], torch.Tensor]) -> None:
+    """The gradients that parameters have are the slopes of `total` in float64."""
     generator, step = torch.Generator().manual_seed(11), 1e-6
     for _ in range(3):
         # Scaled so that every parameter has an equal part in the slope.
@@ -255,11 +264,30 @@ def test_a_loss_through_the_whole_model(config: LossConfig, recompute: bool, spa
         along = sum(float((p.grad * w).sum()) for p, w in zip(trained.values(), ways, strict=True))
         with torch.no_grad():
             torch._foreach_add_(list(trained.values()), ways, alpha=step)
-            ahead = float(loss_fn(model, data).total)
+            ahead = float(total())
             torch._foreach_add_(list(trained.values()), ways, alpha=-2 * step)
-            behind = float(loss_fn(model, data).total)
+            behind = float(total())
             torch._foreach_add_(list(trained.values()), ways, alpha=step)
         assert along == pytest.approx((ahead - behind) / (2 * step), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bita"])
+def test_the_loss_of_a_draft(kind: str) -> None:
+    """What guesses ahead, and nothing of the model that it guesses for."""
+    shape = replace(preset("tiny"), vocab_size=40, hidden_size=32, num_hidden_layers=6)
+    model = Transformer(shape).double()
+    model.init_weights(torch.Generator().manual_seed(4))
+    model.requires_grad_(False)
+    cfg = DraftConfig(model="none", steps=200, kind=kind, unroll=3, seq_len=24)
+    if kind == "bita":
+        draft, loss_fn = bita.make(cfg, model), bita.loss_of(model, decay=0.7)
+    else:
+        draft, loss_fn = head_drafts.make(cfg, model, None), head_drafts.loss_of(model, cfg, None)
+    draft, data = draft.double(), batch()
+    loss_fn(draft, data).total.backward()
+    trained = {name: p for name, p in draft.named_parameters() if p.requires_grad}
+    assert trained and all(p.grad is not None and p.grad.any() for p in trained.values())
+    check_loss(trained, lambda: loss_fn(draft, data).total)
 
 
 def test_mtp_is_the_specifications_formula() -> None:
