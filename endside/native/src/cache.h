@@ -54,7 +54,6 @@ struct Cache {
   uint8_t* base = nullptr;
 };
 
-
 // Where a sequence's tokens lie: token t in chunk chunks[t / CHUNK].
 struct Table { const int32_t* chunks = nullptr; };
 
