@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -14,7 +15,7 @@ from endside.data.document import Document
 from endside.data.loader import TokenBatch
 from endside.data.pack import PackConfig, byte_encoder, pack
 from endside.data.source import DataConfig
-from endside.log import Progress
+from endside.log import Progress, read_metrics
 from endside.model.presets import preset
 from endside.train.losses import Loss, LossConfig, LossFn, next_token
 from endside.train.optim import OptimConfig
@@ -57,6 +58,18 @@ def small(shards: Path) -> PretrainConfig:
         schedule=ScheduleConfig(warmup=4, decay=6),
         optim=OptimConfig(learning_rate=0.01),
     )
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """What a run folder's metrics say, but for how fast each step was."""
+    found = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k not in ("tokens_per_s", "mfu")} for r in found]
+
+
+def last_step(run: Path) -> int:
+    """Of a run that may be writing; 0 before its first record."""
+    path = run / "metrics.jsonl"
+    return next((record["step"] for record in read_metrics(path)[::-1]), 0) if path.exists() else 0
 
 
 def dies_at(call: int) -> Callable[[LossConfig], LossFn]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import signal
@@ -18,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from endside.config import dump
-from endside.log import read_metrics
 from endside.train.pretrain import PretrainConfig
 from endside.train.schedule import ScheduleConfig
+from tests.train.conftest import last_step, records
 
 STEPS, KILLS = 80, 10
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,12 +69,6 @@ def status(process: subprocess.Popen) -> int:
     return int(process.stdout.readline())
 
 
-def last_step(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
-
-
 def wait_for(condition, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -85,13 +78,6 @@ def wait_for(condition, seconds: float = 60.0) -> None:
 def half_written(run: Path) -> bool:
     folder = run / "checkpoints"
     return folder.is_dir() and any(name.startswith(".part-") for name in os.listdir(folder))
-
-
-def losses(run: Path) -> list[dict]:
-    """Every record but for how fast the step was."""
-    records = read_metrics(run / "metrics.jsonl")
-    clock = ("tokens_per_s", "mfu")
-    return [{k: v for k, v in record.items() if k not in clock} for record in records]
 
 
 def weights(run: Path) -> dict[str, str]:
@@ -127,6 +113,6 @@ def test_ten_kills_leave_no_trace(tmp_path: Path, cfg: PretrainConfig, seed: int
         start(process, config, torn)
         assert status(process) == 0, (tmp_path / "stderr").read_text()
     assert in_writing >= KILLS // 4, "too few deaths fell into the writing of a checkpoint"
-    assert len(losses(whole)) == STEPS + STEPS // 9 + 1
-    assert losses(torn) == losses(whole)
+    assert len(records(whole)) == STEPS + STEPS // 9 + 1
+    assert records(torn) == records(whole)
     assert weights(torn) == weights(whole)

@@ -22,6 +22,7 @@ from endside.train.loop import loop
 from endside.train.losses import Loss, next_token
 from endside.train.pretrain import PretrainConfig
 from endside.train.run_folder import RunFolder
+from tests.train.conftest import records
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "pretrain.json"
 
@@ -30,9 +31,7 @@ def train(cfg: PretrainConfig, run: RunFolder, **options: object) -> list[dict]:
     """Train, and return the records but for how fast each step was."""
     pretrain.main(cfg, run, **options)
     run.close()
-    records = read_metrics(run.path / "metrics.jsonl")
-    clock = ("tokens_per_s", "mfu")
-    return [{k: v for k, v in record.items() if k not in clock} for record in records]
+    return records(run.path)
 
 
 def curve(records: list[dict], key: str = "loss") -> list[float]:
@@ -41,13 +40,13 @@ def curve(records: list[dict], key: str = "loss") -> list[float]:
 
 def test_twenty_losses_are_the_golden_ones_and_fall(cfg: PretrainConfig, open_run) -> None:
     cfg = replace(cfg, model=replace(cfg.model, mtp_layers=1))
-    records = train(cfg, open_run())
-    losses, further = curve(records), curve(records, "mtp_loss")
+    found = train(cfg, open_run())
+    losses, further = curve(found), curve(found, "mtp_loss")
     assert len(losses) == 20
     assert losses[0] > 5.5, "bytes are as good as random at the start: ln 320 = 5.77"
     assert losses[-1] < losses[0] - 2.0
     assert further[-1] < further[0] - 2.0
-    assert curve(records, "heldout_loss") == pytest.approx([losses[-1]], abs=0.4)
+    assert curve(found, "heldout_loss") == pytest.approx([losses[-1]], abs=0.4)
     golden = json.loads(GOLDEN.read_text())
     # fp32 on other machines sums in another order: 1e-3 nats after 20 steps.
     assert losses == pytest.approx(golden["loss"], abs=1e-3)

@@ -21,7 +21,7 @@ from endside.formats import hf
 from endside.log import read_metrics
 from endside.model.presets import preset
 from endside.train.parallel import ParallelConfig, Team, check_split
-from tests.train.conftest import small
+from tests.train.conftest import last_step, small
 from tests.train.processes import Nursery
 
 FSDP, SPLIT = "parallel.shard=fsdp", "parallel.tensor=2"
@@ -115,12 +115,6 @@ def test_everything_a_step_can_do_is_shared(run) -> None:
 def digests(run: Path) -> dict[str, str]:
     folder = run / "checkpoints" / "step_20"
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
-
-
-def last_step(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
 
 
 @pytest.mark.parametrize("victim", [0, 1])

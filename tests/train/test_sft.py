@@ -32,7 +32,7 @@ from endside.train.pretrain import PretrainConfig
 from endside.train.sft import SftConfig
 from endside.train.spikes import SpikeConfig
 from endside.verbs import sft as verb
-from tests.train.conftest import dies_at
+from tests.train.conftest import dies_at, records
 from tests.train.processes import Nursery
 from tests.train.sums import small, write_start, write_sums
 
@@ -57,15 +57,14 @@ def tuned(start: Path, sums: Path) -> SftConfig:
 def train(cfg: SftConfig, run: Any) -> list[dict[str, float]]:
     """Train, and return the records but for how fast each step was."""
     sft.main(cfg, run)
-    records = read_metrics(run.path / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k not in ("tokens_per_s", "mfu")} for r in records]
+    return records(run.path)
 
 
 def test_twenty_losses_are_the_golden_ones_and_fall(tuned: SftConfig, open_run: Any) -> None:
-    records = train(replace(tuned, eval_every=10), open_run())
-    losses = [record["loss"] for record in records if "loss" in record]
+    found = train(replace(tuned, eval_every=10), open_run())
+    losses = [record["loss"] for record in found if "loss" in record]
     assert losses == pytest.approx(json.loads(GOLDEN.read_text())["loss"], abs=2e-5)
-    held = [r for r in records if "heldout_loss" in r]
+    held = [r for r in found if "heldout_loss" in r]
     assert held[-1]["heldout_loss"] < losses[0] - 1
     assert held[-1]["heldout_think"] != held[-1]["heldout_no_think"]
 
@@ -177,12 +176,12 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(
     tuned: SftConfig, open_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = open_run("whole")
-    records = train(tuned, whole)
+    found = train(tuned, whole)
     torn = open_run("torn")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sft, "next_token", dies_at(2 * 12))
         train(tuned, torn)
-    assert train(tuned, torn) == records
+    assert train(tuned, torn) == found
     for name in ("model", "optimizer"):
         place = Path("checkpoints") / "step_20" / f"{name}.safetensors"
         files = [run.path / place for run in (whole, torn)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +12,12 @@ import torch
 from endside.data.loader import Loader, LoaderConfig, TokenBatch
 from endside.data.source import open_data
 from endside.errors import UserError
-from endside.log import read_metrics
 from endside.train import pretrain
 from endside.train.loop import loop
 from endside.train.losses import Loss, next_token
 from endside.train.pretrain import PretrainConfig
 from endside.train.spikes import SpikeConfig, Spikes
+from tests.train.conftest import records
 
 
 def full(window: int = 4, **changes: object) -> Spikes:
@@ -96,13 +95,6 @@ def poison(cfg: PretrainConfig, numbers: dict[int, float], dies_at: int = 0) -> 
         return replace(loss, total=loss.total * factor, loss=loss.loss * factor)
 
     return lambda _: loss_fn
-
-
-def records(run: Path) -> list[dict]:
-    return [
-        {k: v for k, v in r.items() if k not in ("tokens_per_s", "mfu")}
-        for r in read_metrics(run / "metrics.jsonl")
-    ]
 
 
 @pytest.mark.parametrize("factor", [5.0, math.nan])

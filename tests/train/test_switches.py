@@ -11,15 +11,13 @@ import torch
 
 from endside.data.loader import TokenBatch
 from endside.errors import UserError
-from endside.log import read_metrics
 from endside.model.block import Block
 from endside.train import pretrain
 from endside.train.losses import LossConfig, next_token
 from endside.train.pretrain import PretrainConfig
 from endside.train.qat import QatConfig, make_model
 from endside.train.run_folder import RunFolder, read_checkpoint
-
-CLOCK = ("tokens_per_s", "mfu")
+from tests.train.conftest import records
 
 
 @pytest.fixture
@@ -29,12 +27,7 @@ def short(cfg: PretrainConfig) -> PretrainConfig:
 
 def train(cfg: PretrainConfig, run: RunFolder) -> list[dict]:
     pretrain.main(cfg, run)
-    return records(run)
-
-
-def records(run: RunFolder) -> list[dict]:
-    found = read_metrics(run.path / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k not in CLOCK} for record in found]
+    return records(run.path)
 
 
 def losses(found: list[dict], key: str = "loss") -> list[float]:
@@ -89,7 +82,7 @@ def test_fp8_rounds_the_blocks_alone_and_keeps_full_weights(
     half = train(replace(short, precision="bfloat16"), open_run("half"))
     run = open_run("fp8")
     model = pretrain.main(replace(short, precision="fp8"), run)
-    eighth = records(run)
+    eighth = records(run.path)
     assert quiet.text().count("precision fp8: emulated, because a CPU has no FP8 product") == 1
     assert losses(eighth) != losses(half)
     assert losses(eighth) == pytest.approx(losses(half), abs=0.1)
@@ -167,8 +160,12 @@ def test_the_average_follows_resumes_and_is_exported_on_request(
         want = want + 0.25 * (weights - want)
     ema = run.latest().tensors("ema")
     torch.testing.assert_close(ema[name].double(), want, rtol=0, atol=1e-6)
-    assert losses(records(run)) == losses(train(short, open_run("plain"))), "training ignores it"
-    assert losses(records(run), "ema_heldout_loss") != losses(records(run), "heldout_loss")
+    assert losses(records(run.path)) == losses(train(short, open_run("plain"))), (
+        "training ignores it"
+    )
+    assert losses(records(run.path), "ema_heldout_loss") != losses(
+        records(run.path), "heldout_loss"
+    )
     assert not torch.equal(dict(last.named_parameters())[name], ema[name])
     # A finished run is exported again, averaged.
     averaged = pretrain.main(replace(cfg, export="ema"), run)
@@ -188,7 +185,7 @@ def test_the_average_follows_resumes_and_is_exported_on_request(
     pretrain.main(cfg, torn)
     again = torn.latest().tensors("ema")
     assert all(torch.equal(again[n], ema[n]) for n in ema)
-    assert records(torn) == records(run)
+    assert records(torn.path) == records(run.path)
 
 
 def test_init_from_takes_the_weights_and_nothing_else(
@@ -203,7 +200,7 @@ def test_init_from_takes_the_weights_and_nothing_else(
     run = open_run("second")
     found = train(second, run)
     assert [record["step"] for record in found if "loss" in record] == [1, 2, 3, 4]
-    assert losses(found)[0] < losses(records(first))[0] - 0.5
+    assert losses(found)[0] < losses(records(first.path))[0] - 0.5
     assert losses(found, "learning_rate")[0] == pytest.approx(0.005), "warmed up again"
     assert run.latest().state["data"]["consumed"] == 4 * short.batch * short.accumulate
     wider = replace(second, model=replace(short.model, intermediate_size=99))

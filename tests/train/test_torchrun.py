@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 
 from endside.config import dump
 from endside.log import read_metrics
-from tests.train.conftest import small
+from tests.train.conftest import last_step, small
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -36,12 +35,6 @@ def worker(agent: int, rank: int) -> int:
         if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
             return int(child)
     raise AssertionError(f"torchrun has no process of rank {rank}")
-
-
-def last_step(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def losses(run: Path) -> list[float]:
