@@ -1,6 +1,7 @@
 #include "fused.h"
 
 #include <atomic>
+#include <exception>
 #include <stdexcept>
 
 #if defined(__linux__)
@@ -44,14 +45,22 @@ bool fused_team() { return parallel() != nullptr; }
 namespace {
 struct Work {
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // of the first unit that failed
   int64_t units;
   void (*fn)(const void*, int64_t);
   const void* data;
 };
 
+// An exception must not leave a thread of a team that knows nothing of them.
 void take(void* argument) {
   Work& work = *static_cast<Work*>(argument);
-  for (int64_t unit = work.next++; unit < work.units; unit = work.next++) work.fn(work.data, unit);
+  try {
+    for (int64_t unit = work.next++; unit < work.units; unit = work.next++) work.fn(work.data, unit);
+  } catch (...) {
+    if (!work.failed.exchange(true)) work.error = std::current_exception();
+    work.next = work.units;
+  }
 }
 }  // namespace
 
@@ -85,6 +94,7 @@ void run_fused(int64_t units, int threads, void (*fn)(const void*, int64_t), con
   } else {
     take(&work);
   }
+  if (work.failed) std::rethrow_exception(work.error);
 }
 
 }  // namespace endside

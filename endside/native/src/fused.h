@@ -119,7 +119,8 @@ const FusedKernels& fused_kernels(Isa isa);
 // Whether there is a team to borrow.
 bool fused_team();
 
-// fn(data, unit) for 0 <= unit < units, on up to `threads` threads of the borrowed team.
+// fn(data, unit) for 0 <= unit < units, on up to `threads` threads of the borrowed team. What a unit
+// throws is thrown again here, once all threads have stopped.
 void run_fused(int64_t units, int threads, void (*fn)(const void*, int64_t), const void* data);
 
 // Whether the calling thread and the others of a borrowed team of `threads` take numbers too small
