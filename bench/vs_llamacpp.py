@@ -34,6 +34,9 @@ import peer_llamacpp
 from peer_duel import Probe, Rounds, Worker, duel, page_kind, spread, worker
 
 from endside import native
+from endside.engine.executors import Plan
+from endside.engine.executors.native_plan import cache_type
+from endside.model.presets import preset
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PREFIX = {"ours": 4096, "peer": 512}  # tokens of a depth that are computed; the rest are copies
@@ -197,14 +200,9 @@ def _summary(cell: Cell, found: Rounds, size: int, pages: str) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _cells_of_cache() -> tuple[str, ...]:
-    """Keys and values in as many bytes as the peer's f16: bf16 where tiles multiply that."""
-    return ("--kv", "bf16") if native.available_isas()[-1:] == ["amx"] else ()
-
-
 def _commands(engine: Engine, folder: Path, threads: int) -> tuple[list, list]:
     ours = [sys.executable, "-m", "endside", "bench", f"random:{engine.preset}", "--serve",
-            *engine.flags, *_cells_of_cache(), "--threads", threads,
+            *engine.flags, "--threads", threads,
             "--context", engine.context]  # fmt: skip
     model = peer_llamacpp.model(folder, engine.peer)
     return ours, [peer_llamacpp.driver(folder), "serve", model, threads]
@@ -307,7 +305,8 @@ def _machine(flags: argparse.Namespace) -> dict[str, Any]:
              if line.startswith("model name")]  # fmt: skip
     return {"cpu": named[0] if named else platform.machine(), "cores": os.cpu_count(),
             "threads": flags.threads, "load": os.getloadavg()[0],
-            "ours": native.status(), "our_cache": " ".join(_cells_of_cache()) or "f16",
+            "ours": native.status(),
+            "our_cache": cache_type(Plan(), preset(ENGINES["dense"].preset)),
             "peer": peer_llamacpp.PACKAGE,
             "peer_system": peer_llamacpp.system(flags.peer_dir, flags.threads)}  # fmt: skip
 

@@ -10,6 +10,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture
+def every_product_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small float32 products of training too, where the processor has tiles."""
+    from endside.ops.linear import tiles
+
+    for limit in ("SMALL", "THIN"):
+        monkeypatch.setattr(tiles, limit, 0)
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of published files ($ENDSIDE_TEST_DATA, else ../shared/data); skips where absent.

@@ -203,11 +203,6 @@ class Model:
         except ValueError as error:
             raise UserError(f"native {error}") from error
 
-    @property
-    def cell_order(self) -> str:
-        """How the numbers of a chunk lie, as this instruction set wants them: rows or tiles."""
-        return self._core.cell_order()
-
     def plan(self) -> list[str]:
         """What one call does, in order."""
         return native.call("plan", *self._parts)

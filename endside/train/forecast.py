@@ -72,6 +72,7 @@ class Device:
     memory_rate: float  # bytes per second, to and from its own memory
     link_rate: float  # bytes per second, to and from other devices
     core: bool = False  # whether what lies between products is done by the native core
+    reserve: float = RESERVE  # share of the memory that is left free
 
 
 @dataclass(frozen=True)
@@ -250,8 +251,7 @@ def _messages(work: Work, devices: int, tokens: float) -> tuple[float, float]:
 
 def fits(work: Work, device: Device) -> bool:
     """Whether the peak leaves the reserve free."""
-    reserve = RESERVE_CPU if device.core else RESERVE
-    return memory(work, device.count).peak <= device.memory * (1 - reserve)
+    return memory(work, device.count).peak <= device.memory * (1 - device.reserve)
 
 
 def remedy(work: Work, device: Device) -> tuple[list[str], Work, Device] | None:

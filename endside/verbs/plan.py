@@ -130,7 +130,7 @@ def work_of(cfg: PretrainConfig) -> Work:
 
 def _device(flags: Plan, cfg: PretrainConfig) -> tuple[Device, str]:
     from endside import native
-    from endside.train.forecast import Device
+    from endside.train.forecast import RESERVE, RESERVE_CPU, Device
 
     if flags.devices < 1:
         raise UserError(f"--devices is {flags.devices}: at least one device trains")
@@ -152,7 +152,8 @@ def _device(flags: Plan, cfg: PretrainConfig) -> tuple[Device, str]:
         known, source = this_machine(cfg, flags.devices), "measured here"
     else:
         known, source = ASSUMED, "assumed of an H100"
-    device = Device(flags.devices, **{**known, **given}, core=here and native.load() is not None)
+    core, reserve = here and native.load() is not None, RESERVE_CPU if here else RESERVE
+    device = Device(flags.devices, **{**known, **given}, core=core, reserve=reserve)
     return device, f"{source}: {', '.join(missing)}"
 
 

@@ -16,17 +16,13 @@ from endside.ops import OPS, attention, implementation, passes
 from endside.ops.attention import sdpa, segments
 from endside.ops.attention.packing import Packing, packing
 from endside.ops.cross_entropy.reference import IGNORE
-from endside.ops.linear import tiles
 
 DIFFERENTIABLE_ONLY_IN_TORCH = {("rmsnorm", "native")}
 NEEDS_CORE = {"native", "tiles"}
 FLOAT32_ONLY = {("rmsnorm", "native"), ("add_norm", "native"), ("linear", "tiles")}
 
 
-@pytest.fixture(autouse=True)
-def small_products_in_tiles_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit in ("SMALL", "THIN"):
-        monkeypatch.setattr(tiles, limit, 0)
+pytestmark = pytest.mark.usefixtures("every_product_in_tiles")
 
 
 def _inputs(op: str, size: int) -> tuple[list[torch.Tensor], tuple]:
@@ -105,16 +101,21 @@ def test_row_matches_truth(op: str, impl: str, dtype: torch.dtype, size: int) ->
     """Forward and gradients stay within twice the reference's own rounding."""
     if (op, impl) in FLOAT32_ONLY and dtype != torch.float32:
         pytest.skip("the native kernel is float32 only")
-    if impl in NEEDS_CORE:
-        need_core()
-    if (op, impl) == ("linear", "tiles") and not passes.has_tiles():
-        pytest.skip("this processor has no matrix tiles")
+    need_kernel(op, impl)
     truth = _run(op, "reference", torch.float64, size)
     plain = _run(op, "reference", dtype, size)
     fast = _run(op, impl, dtype, size)
     for want, usual, got in zip(truth, plain, fast, strict=False):
         allowed = 2 * (usual - want).abs().max() + 4 * torch.finfo(dtype).eps * want.abs().max()
         assert (got - want).abs().max() <= allowed, f"{op}/{impl} at {size}: beyond {allowed:.3g}"
+
+
+def need_kernel(op: str, impl: str) -> None:
+    """Skip where this machine has no such row of the table."""
+    if impl in NEEDS_CORE:
+        need_core()
+    if (op, impl) == ("linear", "tiles") and not passes.has_tiles():
+        pytest.skip("this processor has no matrix tiles")
 
 
 def need_core() -> None:

@@ -25,12 +25,6 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-@pytest.fixture
-def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit in ("SMALL", "THIN"):
-        monkeypatch.setattr(tiles, limit, 0)
-
-
 def errors(a: torch.Tensor, b: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """Of a product, as a share of the sum of magnitudes."""
     a, b = a.double(), b.double()
@@ -48,7 +42,8 @@ def test_products_are_as_exact_as_float32(shape: tuple[int, int, int], spread: i
         a = normal(rows, depth) if lies & 1 else normal(depth, rows).t()
         b = normal(depth, columns) if lies & 2 else normal(columns, depth).t()
         a, b = a * scale, b * scale[:, None]
-        assert a.stride(1) == 1 or not lies & 1
+        inside = a.stride(1) == 1, b.stride(1) == 1
+        assert inside == (bool(lies & 1), bool(lies & 2)), "a scaled factor lies otherwise"
         out = torch.full((rows, columns + 3), 7.0)
         found = tiles.product(a, b, out[:, :columns])
         ours, usual = errors(a, b, found), errors(a, b, torch.mm(a, b))
@@ -71,7 +66,7 @@ def test_bits_do_not_depend_on_threads() -> None:
 
 
 @needs_tiles
-def test_who_gets_tiles(every_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_gets_tiles(every_product_in_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 with a gradient; nothing under autocast, in other dtypes, or where there are none."""
     taken = []
     product = tiles.product
@@ -107,7 +102,9 @@ def test_small_and_thin_products_stay_with_pytorch(monkeypatch: pytest.MonkeyPat
 
 
 @needs_tiles
-def test_a_step_has_the_same_gradients(every_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_has_the_same_gradients(
+    every_product_in_tiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A whole model's, tied and untied, to what rounding differs by."""
     for tied in (True, False):
         found = []

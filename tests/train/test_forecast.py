@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from endside import native
 from endside.data.loader import TokenBatch
 from endside.data.source import DataConfig
 from endside.errors import UserError
@@ -171,6 +172,21 @@ def test_a_cpu_is_asked_with_the_products_that_it_will_do(monkeypatch: pytest.Mo
         )
         assert attention == (torch.float32 if precision == "float32" else torch.bfloat16)
         asked.clear()
+
+
+def test_a_cpu_keeps_the_larger_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holes between freed blocks are the allocator's, with and without the core."""
+    monkeypatch.setattr(rates, "_seconds", lambda act: 0.5)
+    monkeypatch.setattr(native, "load", lambda: None)
+    cfg = PretrainConfig(preset("tiny"), DataConfig("unread"), 200, device="cpu")
+    device, _ = plan._device(plan.Plan("unread"), cfg)
+    assert not device.core and device.reserve == forecast.RESERVE_CPU
+    work = plan.work_of(cfg)
+    peak = forecast.memory(work, 1).peak
+    assert forecast.fits(work, replace(device, memory=2.1 * peak))
+    assert not forecast.fits(work, replace(device, memory=1.9 * peak))
+    gpu, _ = plan._device(plan.Plan("unread"), replace(cfg, device="cuda"))
+    assert forecast.fits(work, replace(gpu, memory=1.9 * peak))
 
 
 def test_forecast_against_a_measured_run() -> None:

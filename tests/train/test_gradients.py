@@ -29,6 +29,7 @@ from tests.ops.test_ops import (
     ROWS,
     _inputs,
     need_core,
+    need_kernel,
     packed_rows,
 )
 
@@ -98,10 +99,10 @@ DIFFERENTIABLE = [row for row in ROWS if row not in DIFFERENTIABLE_ONLY_IN_TORCH
 
 
 @pytest.mark.parametrize(("op", "impl"), DIFFERENTIABLE, ids=map("-".join, DIFFERENTIABLE))
+@pytest.mark.usefixtures("every_product_in_tiles")
 def test_a_float32_gradient_has_the_slope_of_the_float64_reference(op: str, impl: str) -> None:
     """Every row of the table, through the core where it has a pass for it."""
-    if impl in NEEDS_CORE:
-        need_core()
+    need_kernel(op, impl)
     tensors, rest = _inputs(op, 37)
     rest = tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in rest)
     check_slopes(

@@ -50,7 +50,7 @@ from endside.errors import UserError
 from endside.formats.hf_config import with_attention
 from endside.model.flops import visible_keys
 from endside.model.presets import preset
-from endside.native.model import CHUNK, Model, Request
+from endside.native.model import CHUNK, Model, Request, cell_order
 from endside.quant.pack import bf16_to_float
 
 if TYPE_CHECKING:
@@ -80,15 +80,17 @@ class NativeExecutor:
         self.config, self.pack = config, weights
         self.vocab_size = config.vocab_size
         self.context, self.capacity = context, bounds.chunks * CHUNK
+        stored = cache_type(plan, config)
         self.model = Model(
             native_shape(config),
             join(config, context, weights.matrices, weights.vectors, embed),
             sparse=native_sparse(config),
-            cache=cache_type(plan, config),
+            cache=stored,
             limits=bounds,
             isa=plan.isa,
         )
-        self._embed, self._cache = embed, cache_type(plan, config)
+        self._embed = embed
+        self._cells = f"{stored} in {cell_order(stored, config.head_dim, plan.isa)}"
         self._identity: str | None = None
         self.feature_layers: tuple[int, ...] = ()
         self._features: dict[int, np.ndarray] = {}
@@ -228,7 +230,7 @@ class NativeExecutor:
                 self.pack,
                 self._embed,
                 self.context,
-                f"{self._cache} in {self.model.cell_order}",
+                self._cells,
             )
         return self._identity
 

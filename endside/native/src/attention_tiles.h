@@ -21,6 +21,7 @@
 #include <immintrin.h>
 
 #include "product.h"
+#include "tile_shapes.h"
 
 #include <type_traits>
 
@@ -39,21 +40,15 @@ struct TileRows {
   explicit TileRows(int64_t heads) : tiles(heads > 8 ? 2 : 1), rows(2 * heads / tiles) {}
 };
 
-// The compiler is not told what tiles read and write in memory.
-inline void memory_is_used() { __asm__ volatile("" ::: "memory"); }
-
 // Shapes this thread's tiles for left sides of `rows` rows, until `free_tiles`. Registers 0 .. 3 are
 // sums, 4 is the left side, 5 and 6 the right.
 inline void shape_tiles(int64_t rows) {
-  struct alignas(64) {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {};
-  } shape;
-  for (int i = 0; i < 5; ++i) shape.rows[i] = static_cast<uint8_t>(rows);
-  shape.rows[5] = shape.rows[6] = 16;
-  // as in linear_amx.cc: the intrinsic names 8 of the 64 bytes
-  __asm__ volatile("ldtilecfg %0" ::"m"(shape));
+  TileShapes shapes;
+  for (int i = 0; i < 7; ++i) {
+    shapes.bytes[i] = TILE_ROW_BYTES;
+    shapes.rows[i] = i < 5 ? static_cast<uint8_t>(rows) : TILE_ROWS_MOST;
+  }
+  load_shapes(shapes);
 }
 inline void free_tiles() { _tile_release(); }
 

@@ -205,7 +205,6 @@ class BoundModel {
   }
 
   Model& model() { return model_; }
-  std::string cell_order() const { return model_.cell_order(); }
   void set_timing(bool on) { model_.set_timing(on); }
   std::vector<std::pair<std::string, double>> timing() const { return model_.timing(); }
 
@@ -269,7 +268,6 @@ void bind_model(nb::module_& module) {
       .def("accept", &BoundModel::accept, nb::arg("index"), nb::arg("rows").noconvert())
       .def("copy_chunk", &BoundModel::copy_chunk, nb::arg("source"), nb::arg("target"))
       .def("chunk", &BoundModel::chunk, nb::arg("index"))
-      .def("cell_order", &BoundModel::cell_order)
       .def("set_inputs", &BoundModel::set_inputs, nb::arg("rows").noconvert())
       .def("set_timing", &BoundModel::set_timing, nb::arg("on"))
       .def("timing", &BoundModel::timing);

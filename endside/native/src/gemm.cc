@@ -48,8 +48,6 @@ class Room {
 };
 thread_local Room shared_room, own_room;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // One block of depths of a product.
 struct Block {
   const Gemm& gemm;
@@ -99,7 +97,7 @@ struct Block {
 
   // A part of the shared factor: a panel, or a few steps of all.
   int64_t shares() const {
-    return factor(rows_shared).depth_inside ? shared_panels : ceil_div(steps, SHARED_STEPS);
+    return factor(rows_shared).depth_inside ? shared_panels : units_of(steps, SHARED_STEPS);
   }
   void share(int64_t index) const {
     if (factor(rows_shared).depth_inside) {
@@ -133,24 +131,24 @@ struct Block {
 // As few units as fit the cache, but two a thread so that a late one holds up less.
 int64_t units_of_panels(int64_t panels, int64_t panel_bytes, int threads) {
   const int64_t most = std::max<int64_t>(1, OWN_BYTES / panel_bytes);
-  const int64_t wanted = std::max(ceil_div(panels, most), int64_t{2} * threads);
-  return std::min(panels, ceil_div(wanted, threads) * threads);
+  const int64_t wanted = std::max(units_of(panels, most), int64_t{2} * threads);
+  return std::min(panels, units_of(wanted, threads) * threads);
 }
 
 }  // namespace
 
 void gemm(const Gemm& product, int threads, Isa isa) {
   const GemmKernels& kernels = kernels_of(isa);
-  const int64_t row_panels = ceil_div(product.rows, GEMM_LINES);
-  const int64_t column_panels = ceil_div(product.columns, GEMM_LINES);
+  const int64_t row_panels = units_of(product.rows, GEMM_LINES);
+  const int64_t column_panels = units_of(product.columns, GEMM_LINES);
   const bool rows_shared = row_panels <= column_panels;
   const int64_t shared_panels = rows_shared ? row_panels : column_panels;
   const int64_t own_panels = rows_shared ? column_panels : row_panels;
-  const int64_t most = std::min(GEMM_DEPTH, ceil_div(product.depth, GEMM_STEP) * GEMM_STEP);
+  const int64_t most = std::min(GEMM_DEPTH, units_of(product.depth, GEMM_STEP) * GEMM_STEP);
   uint16_t* room = shared_room.of(shared_panels * (most / GEMM_STEP) * GEMM_STEP_NUMBERS);
   for (int64_t begin = 0; begin < product.depth; begin += GEMM_DEPTH) {
     const int64_t depth = std::min(GEMM_DEPTH, product.depth - begin);
-    const int64_t steps = ceil_div(depth, GEMM_STEP);
+    const int64_t steps = units_of(depth, GEMM_STEP);
     const int64_t panel_bytes = steps * GEMM_STEP_NUMBERS * int64_t{sizeof(uint16_t)};
     const int64_t units = units_of_panels(own_panels, panel_bytes, threads);
     const Block block = {product, kernels, begin, depth, steps, rows_shared, shared_panels,

@@ -5,8 +5,8 @@
 // such numbers the six largest are taken,
 //     a b = a1 b1 + a1 b2 + a2 b1 + a2 b2 + a1 b3 + a3 b1,
 // and what is left out is below 2^-23 of |a b|. Each is exact in float32, where they are summed.
-// Matrix units multiply bfloat16 more than ten times as fast as vector units multiply float32, so
-// six products are still the faster ones.
+// Matrix units multiply bfloat16 so much faster than vector units multiply float32 that six products
+// are still the faster ones (bench/train_cpu.py prints what both take).
 //
 // Numbers below 2^-126 count as zero, terms too. Infinities become no number, as do finite numbers
 // that bfloat16 rounds to one (from 2^128 - 2^119 on). The order of a sum depends on its length

@@ -7,39 +7,27 @@
 // factor with the one before: fourteen tiles are read for twenty-four products.
 #include <immintrin.h>
 
-#include <atomic>
 #include <cstring>
 
 #include "gemm.h"
+#include "tile_shapes.h"
 
 namespace endside {
 namespace {
 
-constexpr int64_t SIDE = 16;          // lines of a tile; pairs of depths too
-constexpr int64_t TILE = SIDE * 32;   // bfloat16 numbers of one
-constexpr int64_t LINE_BYTES = 64;    // of a tile
-
-// Shapes of the tile registers, as the processor reads them.
-struct alignas(64) Shapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
+constexpr int64_t SIDE = TILE_ROWS_MOST;  // lines of a tile; pairs of depths too
+constexpr int64_t TILE = SIDE * 32;       // bfloat16 numbers of one
 
 void enter() {
-  Shapes shapes;
+  TileShapes shapes;
   for (int tile = 0; tile < 8; ++tile) {
-    shapes.bytes[tile] = LINE_BYTES;
-    shapes.rows[tile] = SIDE;
+    shapes.bytes[tile] = TILE_ROW_BYTES;
+    shapes.rows[tile] = TILE_ROWS_MOST;
   }
-  // GCC 12's intrinsic says that 8 of the 64 bytes are read, so stores to the others may be dropped.
-  __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
+  load_shapes(shapes);
 }
 
 void leave() { _tile_release(); }
-
-// The compiler does not know that tile instructions read memory, or write it.
-inline void settled() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
 // Term t of sixteen numbers in the upper halves of their lanes, and the rest of them. Two terms are
 // rounded to the nearest, ties away from zero; what they leave is short enough for the third, which
@@ -173,13 +161,13 @@ void lay(const GemmFactor& from, int64_t lines, int64_t depth, uint16_t* step) {
 // Tiles 0 .. 3 are the sums, 4 and 5 a term of the first factor, 6 and 7 one of the second.
 template <int TERM>
 inline void load_left(const uint16_t* step) {
-  _tile_loadd(4, step + 2 * TERM * TILE, LINE_BYTES);
-  _tile_loadd(5, step + (2 * TERM + 1) * TILE, LINE_BYTES);
+  _tile_loadd(4, step + 2 * TERM * TILE, TILE_ROW_BYTES);
+  _tile_loadd(5, step + (2 * TERM + 1) * TILE, TILE_ROW_BYTES);
 }
 template <int TERM>
 inline void load_right(const uint16_t* step) {
-  _tile_loadd(6, step + 2 * TERM * TILE, LINE_BYTES);
-  _tile_loadd(7, step + (2 * TERM + 1) * TILE, LINE_BYTES);
+  _tile_loadd(6, step + 2 * TERM * TILE, TILE_ROW_BYTES);
+  _tile_loadd(7, step + (2 * TERM + 1) * TILE, TILE_ROW_BYTES);
 }
 inline void add_products() {
   _tile_dpbf16ps(0, 4, 6);
@@ -199,7 +187,7 @@ inline void ask_for_sums(const float* c, int64_t step) {
 inline void whole(const uint16_t* a, const uint16_t* b, int64_t steps, float* c, int64_t step,
                   bool add) {
   const int64_t bytes = step * int64_t{sizeof(float)};
-  settled();
+  memory_is_used();
   ask_for_sums(c, step);
   if (add) {
     _tile_loadd(0, c, bytes);
@@ -231,7 +219,7 @@ inline void whole(const uint16_t* a, const uint16_t* b, int64_t steps, float* c,
   _tile_stored(1, c + SIDE, bytes);
   _tile_stored(2, c + SIDE * step, bytes);
   _tile_stored(3, c + SIDE * step + SIDE, bytes);
-  settled();
+  memory_is_used();
 }
 
 // Between a piece and a dense 32 x 32 one.

@@ -10,11 +10,10 @@
 // Two blocks of rows of x and two tiles of W share what they load. When the rows are no multiple of
 // 16 the last block reaches back into the one before it and computes some rows twice; fewer than 16
 // rows make smaller tiles. Few rows, and float kinds, run as avx512.
-#include <atomic>
-
 #include "linear_512.h"
 #include "linear_amx.h"
 #include "linear_kernels.h"
+#include "tile_shapes.h"
 
 namespace endside {
 namespace {
@@ -23,27 +22,16 @@ constexpr int64_t SIDE = 16;             // rows of x in a block
 constexpr int64_t CELLS = SIDE * SIDE;   // of one tile of integers
 constexpr int64_t TILE_DEPTH = 64;       // k in one tile
 
-// Shapes of the tile registers, as the processor reads them.
-struct alignas(64) Shapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
 inline void configure(int64_t rows, int64_t group) {
   const int64_t depth = group < TILE_DEPTH ? group : TILE_DEPTH;
-  Shapes shapes;
+  TileShapes shapes;
   for (int tile = 0; tile < 8; ++tile) {
     const bool x = tile == 2 || tile == 3, w = tile > 3;
     shapes.bytes[tile] = static_cast<uint16_t>(x ? depth : 64);
     shapes.rows[tile] = static_cast<uint8_t>(w ? depth / STEP : rows);
   }
-  // GCC 12's intrinsic says that 8 of the 64 bytes are read, so stores to the others may be dropped.
-  __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
+  load_shapes(shapes);
 }
-
-// The compiler does not know that tile instructions read memory.
-inline void written() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
 // Signed codes fit a byte unless 8-bit codes lose zeros of their own.
 template <Kind K>
@@ -82,7 +70,7 @@ inline void expand(const Tile& tile, int64_t g, uint8_t* wide) {
 // Tile registers: 0 and 1 sums, 2 and 3 x, 4 to 7 W: [k][tile of W]. DEPTH: 64s of k in a group.
 template <int DEPTH, int N>
 inline void load_weights(const uint8_t* wide, int64_t group) {
-  written();
+  memory_is_used();
   _tile_loadd(4, wide, 64);
   if constexpr (N == 2) _tile_loadd(5, wide + group * SIDE, 64);
   if constexpr (DEPTH == 2) _tile_loadd(6, wide + CELLS * STEP, 64);

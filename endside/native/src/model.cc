@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "cache_layout.h"
 #include "model_state.h"
 
 namespace endside {
@@ -209,11 +208,6 @@ int Model::threads() const { return state_->pool.size(); }
 void Model::together(const std::function<void(Team&)>& fn) {
   std::lock_guard<std::mutex> one_at_a_time(state_->busy);
   state_->pool.run(fn);
-}
-
-const char* Model::cell_order() const {
-  const CacheLayout layout(state_->cache.shape, state_->isa);
-  return layout.order == Order::tiles ? "tiles" : "rows";
 }
 
 void Model::set_timing(bool on) {

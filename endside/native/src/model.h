@@ -88,8 +88,6 @@ class Model {
   // Its threads, lent between its own calls to what runs beside it.
   int threads() const;
   void together(const std::function<void(Team&)>& fn);
-  // How the cells of a chunk lie: "rows" or "tiles" (cache_layout.h).
-  const char* cell_order() const;
 
  private:
   std::unique_ptr<State> state_;
